@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one table and one JSON line."""

@@ -1,0 +1,1 @@
+"""The batching engine: requests in, completions out; it knows tokens, not pictures."""

@@ -1,0 +1,1 @@
+"""Order: steps, the ledger, the sink, and Ray Data."""

@@ -1,0 +1,83 @@
+"""Requests and completions."""
+
+from typing import Final
+
+import pyarrow as pa
+
+from schemas.document import BLOCK, PAGE_FACTS, PAGE_IMAGE
+from schemas.errors import ERROR
+from schemas.image import PIXELS
+from schemas.source import SOURCE_REF
+from schemas.video import SEGMENT_FACTS
+
+IDENTITY: Final = pa.schema(
+    [
+        pa.field("unit_id", pa.string()),
+        pa.field("record_key", pa.string()),
+        pa.field("source_index", pa.int64()),
+        pa.field("source_uri", pa.string()),
+        pa.field("source_ref", SOURCE_REF),
+        pa.field("doc_id", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("task", pa.string()),
+    ]
+)
+
+ROUTE: Final = pa.schema([pa.field("route", pa.string()), pa.field("route_reason", pa.string())])
+
+REQUEST: Final = pa.schema(
+    [
+        pa.field("prompt_ids", pa.list_(pa.int32())),
+        pa.field("image_tokens", pa.int32()),
+        pa.field("prompt_id", pa.string()),
+        pa.field("prompt_sha256", pa.string()),
+        pa.field("content_key", pa.string()),
+    ]
+)
+"""`prompt_ids` holds one placeholder id for each visual token."""
+
+GENERATION: Final = pa.schema(
+    [
+        pa.field("completion", pa.large_string()),
+        pa.field("thought", pa.large_string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("attempt", pa.int16()),
+        pa.field("temperature", pa.float32()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("output_tokens", pa.int32()),
+        pa.field("tokens_saved", pa.int32()),
+        pa.field("mean_logprob", pa.float32()),
+        pa.field("queue_ms", pa.float32()),
+        pa.field("generate_ms", pa.float32()),
+        pa.field("engine", pa.string()),
+        pa.field("weights_kind", pa.string()),
+        pa.field("model_id", pa.string()),
+        pa.field("model_revision", pa.string()),
+        pa.field("decode_params", pa.string()),
+    ]
+)
+
+RESULT: Final = pa.schema(
+    [
+        pa.field("status", pa.string()),
+        pa.field("text", pa.large_string()),
+        pa.field("plain_text", pa.large_string()),
+        pa.field("raw_output", pa.large_string()),
+        pa.field("blocks", pa.list_(BLOCK)),
+        pa.field("parse_status", pa.string()),
+        pa.field("confidence", pa.float32()),
+        pa.field("primary_language", pa.string()),
+    ]
+)
+"""`text` is the page's Markdown, or a segment's caption or on-screen text according to the task."""
+
+FAILURES: Final = pa.schema([pa.field("error", ERROR), pa.field("recovered", pa.list_(ERROR))])
+
+DECODED: Final = pa.schema([*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PAGE_IMAGE, *PIXELS, *FAILURES])
+"""Rows after decode: a page carries `image`, a segment already carries its `pixels` (see operators/decode/video.py)."""
+
+RECORD: Final = pa.schema(
+    [*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PIXELS, *REQUEST, *GENERATION, *RESULT, *FAILURES]
+)
+"""Rows from prepare to sink: one record each, the same columns for pages and segments, null where not applicable or
+not yet known."""
