@@ -1,0 +1,67 @@
+# Everything runs from .venv, which the targets make themselves. Needs Python 3.11 to 3.13 with pip and venv, and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test check chaos bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo-run
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## List the targets.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+# Stamps lie inside .venv, so deleting it deletes them.
+$(VENV)/.done-venv:
+	@for name in $${PYTHON:-python3.11 python3 python3.12 python3.13}; do \
+		if "$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
+			echo "Making $(VENV) with $$("$$name" --version)"; \
+			"$$name" -m venv $(VENV); touch $@; exit 0; \
+		fi; \
+	done; \
+	echo "No Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python3.11 demo" >&2; exit 1
+
+# RapidOCR goes in without its dependencies, which are ours already: it asks for opencv-python, whose bundled Qt needs
+# system libraries that a bare machine lacks; opencv-python-headless stands in for it.
+$(VENV)/.done-runtime: $(VENV)/.done-venv pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	$(BIN)/python -m pip install -c constraints.txt --no-deps rapidocr-onnxruntime
+	@touch $@
+
+$(VENV)/.done-dev: $(VENV)/.done-runtime
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.done-runtime ## Read the sample documents and videos into ./demo-run. Needs no GPU and no weights.
+	$(BIN)/pagereel ocr jobs/samples/documents -o $(DEMO)/ocr
+	$(BIN)/pagereel parse jobs/samples/documents -o $(DEMO)/parse --model demo
+	$(BIN)/pagereel caption jobs/samples/videos -o $(DEMO)/caption --model demo
+	@echo
+	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. What the demo model wrote means nothing: its weights are random."
+	@echo "Count:   $(BIN)/pagereel status $(DEMO)/ocr"
+	@echo "Load:    $(BIN)/python -c \"import pandas; print(pandas.read_parquet('$(DEMO)/ocr/pages'))\"   (pip install pandas)"
+	@echo "Again:   make demo resumes the same runs and computes nothing twice."
+
+check: $(VENV)/.done-dev ## Lint, format, types, import rules.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## The checks, then the tests.
+	$(BIN)/pytest
+
+# pytest ends with 5 when it selected no test.
+chaos: $(VENV)/.done-dev ## Heavy kill-and-resume runs.
+	$(BIN)/pytest -m chaos || test $$? = 5
+
+bench: $(VENV)/.done-dev ## Every benchmark in jobs/bench, one after the other.
+	@for file in jobs/bench/[!_]*.py; do \
+		test -e "$$file" || { echo "There are no benchmarks in jobs/bench yet."; continue; }; \
+		echo "== $$file"; $(BIN)/python -m "jobs.bench.$$(basename "$$file" .py)"; \
+	done
+
+clean: ## Delete .venv, demo-run and every cache.
+	rm -rf $(VENV) $(DEMO) build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	find schemas operators pipeline jobs tests -name __pycache__ -prune -exec rm -rf {} +

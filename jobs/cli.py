@@ -1,0 +1,180 @@
+"""The command line: `pagereel ocr | parse | caption | run | plan | status | doctor`."""
+
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import click
+import typer
+
+from jobs.display import JsonDisplay, LiveDisplay, PlainDisplay
+from jobs.options import command
+from jobs.spec import load_spec
+from jobs.summary import print_plan, print_status, print_summary
+from pipeline.spec import RunSpec, Task, make_spec
+from schemas.errors import ConfigError, PagereelError
+
+EXIT_DONE, EXIT_CONFIG, EXIT_INCOMPLETE, EXIT_ERROR_RATE = 0, 2, 3, 4
+
+app = typer.Typer(
+    name="pagereel",
+    help="Batch OCR, parsing and captioning of documents and videos with MiniCPM-V on Ray Data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Files, folders, globs, URLs, or manifests (.txt .csv .jsonl .parquet).", show_default=False),
+]
+Output = Annotated[str, typer.Option("--output", "-o", help="Run folder; the same command resumes it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+
+
+def _task_command(task: Task, text: str) -> None:
+    def run_task(inputs: Inputs, output: Output, quiet: Quiet, as_json: Json, options: dict[str, Any]) -> None:
+        spec = make_spec({"task": task, "inputs": inputs, "output": output, **options})
+        raise typer.Exit(execute(spec, quiet=quiet, as_json=as_json))
+
+    run_task.__name__ = task
+    run_task.__doc__ = text
+    wrapped = command(run_task)
+    _default(wrapped, quiet=False, as_json=False)
+    app.command(task, help=text)(wrapped)
+
+
+def _default(function: Any, **defaults: Any) -> None:
+    """Set defaults of keyword parameters, which a signature made by hand does not carry over."""
+    signature = function.__signature__
+    parameters = [
+        p.replace(default=defaults[p.name]) if p.name in defaults else p for p in signature.parameters.values()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)
+
+
+_task_command("ocr", "Read pages as Markdown, and the words on screen in videos.")
+_task_command("parse", "Read pages as layout blocks: label, box, reading order, tables as HTML, formulas as LaTeX.")
+_task_command("caption", "Describe video segments, images and pages.")
+
+
+@app.command("run")
+def run_file(
+    spec: Annotated[str, typer.Argument(help="A job file (YAML) that describes the run completely.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a job file: nightly jobs."""
+    raise typer.Exit(execute(load_spec(spec), quiet=quiet, as_json=as_json))
+
+
+def _plan(inputs: Inputs, task: Task, as_json: Json, options: dict[str, Any]) -> None:
+    """Show what a run would do: sources, units, records, and the steps of its flow. Writes nothing."""
+    from pipeline.run import plan
+
+    spec = make_spec({"task": task, "inputs": inputs, "output": "-", **options})
+    print_plan(plan(spec), as_json=as_json)
+
+
+_plan_command = command(_plan)
+_default(_plan_command, task="ocr", as_json=False)
+app.command("plan")(_plan_command)
+
+
+@app.command("status")
+def status(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also check the hash of every part file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prove by counting that every page and segment of a run is accounted for."""
+    from pipeline.run import status_of
+
+    accounting = status_of(run, verify=verify)
+    print_status(accounting, run, as_json=as_json)
+    raise typer.Exit(EXIT_DONE if accounting.complete else EXIT_INCOMPLETE)
+
+
+@app.command("doctor")
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", help="Also check that this model loads.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine: versions, GPU, decoders, memory, the model."""
+    from jobs.doctor import examine, print_report
+
+    report = examine(model)
+    print_report(report, as_json=as_json)
+    raise typer.Exit(EXIT_DONE if report.healthy else EXIT_CONFIG)
+
+
+def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
+    """Run `spec`, show it, and return the exit status.
+
+    Returns:
+        0 every unit accounted for; 3 interrupted or incomplete; 4 complete with more errors than `max_error_rate`.
+
+    Raises:
+        ConfigError: the spec cannot run as written.
+    """
+    from pipeline.run import run
+
+    display: JsonDisplay | LiveDisplay | PlainDisplay
+    if as_json:
+        display = JsonDisplay()
+    elif sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb":
+        display = LiveDisplay()
+    else:
+        display = PlainDisplay(quiet=quiet)
+    try:
+        summary = run(spec, display)
+    finally:
+        if isinstance(display, LiveDisplay):
+            display.close()
+    if isinstance(display, JsonDisplay):
+        display.emit("summary", **summary.as_dict())
+    else:
+        print_summary(summary)
+    if not summary.complete:
+        return EXIT_INCOMPLETE
+    if spec.max_error_rate is not None and summary.error_rate > spec.max_error_rate:
+        return EXIT_ERROR_RATE
+    return EXIT_DONE
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"pagereel: {message}\n")
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("ray", "ray.data", "transformers", "fsspec", "s3fs", "botocore"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        result = app(standalone_mode=False)
+        status = result if isinstance(result, int) else EXIT_DONE
+    except ConfigError as error:
+        _say(" ".join(str(error).split()))
+        status = EXIT_CONFIG
+    except click.UsageError as error:
+        command_path = error.ctx.command_path if error.ctx else "pagereel"
+        _say(f"{' '.join(error.format_message().split())} (see {command_path} --help)")
+        status = EXIT_CONFIG
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted; the same command resumes")
+        status = EXIT_INCOMPLETE
+    except PagereelError as error:
+        _say(f"stopped: {' '.join(str(error).split())}; the same command resumes")
+        status = EXIT_INCOMPLETE
+    except BrokenPipeError:
+        status = EXIT_DONE
+    sys.exit(status)
+
+
+def print_json(value: Any) -> None:
+    """Write one JSON value on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")

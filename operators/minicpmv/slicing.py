@@ -1,0 +1,200 @@
+"""An image becomes an overview and, when it is large, a grid of slices.
+
+Sizes are height, width in that order, in pixels. Resampling is Pillow's bicubic filter on uint8, so a slice is equal to
+the released processor's to the bit.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.errors import PrepareError
+from schemas.image import Grid
+
+DownsampleMode = Literal["16x", "4x"]
+
+MERGED_PATCHES_PER_SIDE: Final[dict[DownsampleMode, int]] = {"16x": 4, "4x": 2}
+"""Patches along one side of the square that becomes one visual token."""
+
+
+class SliceConfig(BaseModel):
+    """Limits on slicing; the defaults are those of the released model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_slices: Annotated[int, Field(ge=1, description="Upper bound on rows * cols of the grid; 1 never slices.")] = 9
+    slice_side_px: Annotated[int, Field(gt=0, description="Side of the square whose area one slice has.")] = 448
+    patch_px: Annotated[int, Field(gt=0, description="Side of one patch of the vision encoder.")] = 14
+    downsample_mode: Annotated[
+        DownsampleMode, Field(description="Patches a visual token stands for: 16, or 4 for finer reading.")
+    ] = "16x"
+
+    @property
+    def step_px(self) -> int:
+        """Every side of a slice is a multiple of this, so that patches merge without remainder."""
+        return self.patch_px * MERGED_PATCHES_PER_SIDE[self.downsample_mode]
+
+
+class Size(NamedTuple):
+    """Height and width in pixels."""
+
+    height_px: int
+    width_px: int
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Where an image's pixels go: known from its size alone.
+
+    Attributes:
+        grid: rows and columns of slices; `Grid(0, 0)` when only the overview is encoded.
+        overview: size of the overview.
+        sliced: size the image has before it is cut into the grid; None when there is no grid.
+    """
+
+    grid: Grid
+    overview: Size
+    sliced: Size | None
+
+    def shapes(self) -> list[Size]:
+        """Return the size of each slice: the overview, then the grid row by row."""
+        if self.sliced is None:
+            return [self.overview]
+        cell = Size(self.sliced.height_px // self.grid.rows, self.sliced.width_px // self.grid.cols)
+        return [self.overview] + [cell] * (self.grid.rows * self.grid.cols)
+
+
+@dataclass(frozen=True)
+class SlicedImage:
+    """The slices of one image.
+
+    Shapes:
+        slices: each (height, width, 3) uint8 RGB; the overview first, then the grid row by row. Cells of the grid
+            are views of one array.
+    """
+
+    slices: list[NDArray[np.uint8]]
+    grid: Grid
+
+
+def nearest_multiple(length: float, step: int) -> int:
+    """Return the multiple of `step` nearest to `length`, ties to the even multiple, at least one step."""
+    return max(round(length / step) * step, step)
+
+
+def choose_grid(height_px: int, width_px: int, config: SliceConfig) -> Grid:
+    """Pick the grid whose shape is closest to the image's own.
+
+    Returns:
+        Rows and columns of slices. `Grid(0, 0)` when the image is small enough, or `max_slices` low enough, that the
+        overview alone is encoded.
+
+    Source:
+        LLaVA-UHD, image modularization (arXiv 2403.11703).
+    """
+    count = min(math.ceil(height_px * width_px / config.slice_side_px**2), config.max_slices)
+    if count <= 1:
+        return Grid(0, 0)
+    candidates = [
+        Grid(rows=cells // cols, cols=cols)
+        for cells in (count - 1, count, count + 1)
+        if 1 < cells <= config.max_slices
+        for cols in range(1, cells + 1)
+        if cells % cols == 0
+    ]
+    # Logarithms make 2:1 exactly as far from square as 1:2.
+    target = math.log(width_px / height_px)
+    return min(candidates, key=lambda grid: abs(target - math.log(grid.cols / grid.rows)))
+
+
+def best_resize(height_px: float, width_px: float, config: SliceConfig, *, upscale: bool) -> Size:
+    """Return the size of one slice that shows an image of this size.
+
+    Args:
+        height_px: height of the image or of one cell of it; may be fractional.
+        width_px: width of the same.
+        config: slice side and alignment.
+        upscale: whether an image smaller than one slice is enlarged to it.
+    """
+    side = config.slice_side_px
+    height: float = height_px
+    width: float = width_px
+    if upscale or height_px * width_px > side * side:
+        ratio = width_px / height_px
+        # The width follows from the truncated height; the released processor does so.
+        height = int(side / math.sqrt(ratio))
+        width = int(height * ratio)
+    return Size(nearest_multiple(height, config.step_px), nearest_multiple(width, config.step_px))
+
+
+def refine(height_px: int, width_px: int, grid: Grid, config: SliceConfig) -> Size:
+    """Return the size to which an image is brought before it is cut into `grid`."""
+    cell = best_resize(
+        nearest_multiple(height_px, grid.rows) / grid.rows,
+        nearest_multiple(width_px, grid.cols) / grid.cols,
+        config,
+        upscale=True,
+    )
+    return Size(cell.height_px * grid.rows, cell.width_px * grid.cols)
+
+
+def plan_slices(height_px: int, width_px: int, config: SliceConfig) -> SlicePlan:
+    """Return the plan for an image of this size.
+
+    Raises:
+        PrepareError: a side is not positive.
+    """
+    if height_px < 1 or width_px < 1:
+        raise PrepareError(f"an image of {height_px} x {width_px} px cannot be sliced", code="too_small")
+    grid = choose_grid(height_px, width_px, config)
+    sliced = refine(height_px, width_px, grid, config) if grid.rows else None
+    return SlicePlan(grid, best_resize(height_px, width_px, config, upscale=sliced is None), sliced)
+
+
+def resize_image(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """Return `image` at `size` with Pillow's antialiased bicubic filter.
+
+    Shapes:
+        image: (height, width, 3) uint8; the result alike, and read-only.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    resized = picture.resize((size.width_px, size.height_px), Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def cut_grid(image: NDArray[np.uint8], grid: Grid) -> list[NDArray[np.uint8]]:
+    """Return the cells of `image`, row by row, as views; its sides are multiples of the grid's."""
+    height_px, width_px = image.shape[0] // grid.rows, image.shape[1] // grid.cols
+    return [
+        image[row * height_px : (row + 1) * height_px, col * width_px : (col + 1) * width_px]
+        for row in range(grid.rows)
+        for col in range(grid.cols)
+    ]
+
+
+def slice_image(image: NDArray[np.uint8], config: SliceConfig) -> SlicedImage:
+    """Return the overview and the slices of `image`.
+
+    Args:
+        image: (height, width, 3) uint8 RGB, any size.
+        config: limits on slicing.
+
+    Raises:
+        PrepareError: the array is not such an image.
+
+    Source:
+        transformers `models/minicpmv4_6/image_processing_pil_minicpmv4_6.py`, without rescaling and normalising,
+        which the model does on its own device.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise PrepareError(f"wanted (height, width, 3) uint8, found {image.shape} {image.dtype}")
+    plan = plan_slices(image.shape[0], image.shape[1], config)
+    slices = [resize_image(image, plan.overview)]
+    if plan.sliced is not None:
+        slices += cut_grid(resize_image(image, plan.sliced), plan.grid)
+    return SlicedImage(slices, plan.grid)

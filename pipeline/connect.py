@@ -1,0 +1,250 @@
+"""Flows on Ray Data: the contract check, then the only `map_batches` call of the project.
+
+Every group of steps that shares workers becomes one actor pool. The settings follow what Ray 2.60 was seen to do:
+its defaults retry a poisoned task for ever, and `max_errored_blocks` drops innocent rows of a block, so retries are
+finite and errored blocks stay at zero; a failed attempt ends with an exception, and the run starts another over what
+is still owed.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+import pipeline
+from pipeline.metrics import METER_INTERVAL_SECONDS, Meter, StepCount
+from pipeline.step import Chain, Flow, Step, check_contract, workers_of
+from schemas.errors import ConfigError, ContractError, WorkerLostError
+from schemas.source import UNIT
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 32 * 2**20
+"""Largest block between steps: little to redo on a retry, and an early first row."""
+
+TASK_RETRIES = 3
+NO_PROGRESS_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a flow runs.
+
+    Attributes:
+        address: a Ray cluster, or None for one of our own on this machine.
+        cpus: logical CPUs of our own Ray; None takes the machine's, at least two.
+        gpus: GPUs of our own Ray; None lets Ray find them.
+        object_store_bytes: size of our own Ray's object store; None lets Ray choose.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+    object_store_bytes: int | None = None
+
+
+def start_ray(cluster: Cluster) -> None:
+    """Connect to a cluster, or start a quiet Ray on this machine.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
+    quiet_ray()
+    # Forked runtime agents and dashboards cost seconds of start-up that a batch run never uses.
+    options: dict[str, Any] = {
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    try:
+        if cluster.address:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        options["num_cpus"] = cluster.cpus or max(2, os.cpu_count() or 1)
+        if cluster.gpus is not None:
+            options["num_gpus"] = cluster.gpus
+        if cluster.object_store_bytes:
+            options["object_store_memory"] = cluster.object_store_bytes
+        ray.init(**options)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        where = cluster.address or "this machine"
+        raise ConfigError(f"Ray does not start on {where}: {str(error).splitlines()[0]}") from error
+
+
+def stop_ray() -> None:
+    """Leave the cluster; a Ray that this process started ends."""
+    ray.shutdown()
+
+
+def quiet_ray() -> None:
+    """Keep Ray's own chatter out of the terminal; it stays in Ray's session logs."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_task_oom_retries", "3")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def configure_data() -> None:
+    """Set the Ray Data options that the flow relies on."""
+    context = DataContext.get_current()
+    context.target_max_block_size = BLOCK_BYTES
+    context.max_errored_blocks = 0
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.actor_init_retry_on_errors = False
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_flow(flow: Flow, units: dict[str, Iterable[pa.Table]], meter: "RayMeter") -> Iterator[pa.Table]:
+    """Run `flow` over `units` on Ray and yield what its last step returns.
+
+    Args:
+        flow: heads and trunk.
+        units: tables of units for each head; each table becomes one block, so one task.
+        meter: receives the counts of every step.
+
+    Yields:
+        Tables of the last step, as they come.
+
+    Raises:
+        ContractError: the steps do not fit together, before any worker starts.
+    """
+    configure_data()
+    heads = []
+    trunk_incoming: pa.Schema | None = None
+    cpus = float(ray.cluster_resources().get("CPU", 1))
+    scale = cpu_scale(flow, [name for name in flow.heads if name in units], cpus)
+    for name, tables in units.items():
+        steps = flow.heads[name]
+        trunk_incoming = check_contract(steps, UNIT)
+        blocks = [ray.put(table) for table in tables]
+        if not blocks:
+            continue
+        dataset = ray.data.from_arrow_refs(blocks)
+        heads.append(_add_steps(dataset, steps, meter, scale))
+    if not heads or trunk_incoming is None:
+        return
+    check_contract(flow.trunk, trunk_incoming)
+    records = heads[0].union(*heads[1:]) if len(heads) > 1 else heads[0]
+    results = _add_steps(records, flow.trunk, meter, scale)
+    yield from results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+
+
+def cpu_scale(flow: Flow, heads: Sequence[str], cpus: float) -> float:
+    """Return the factor on declared CPUs with which every pool gets its first worker.
+
+    Pools that together ask for more CPUs than there are wait for each other for ever (seen), so on a small machine
+    every worker declares less than it would like.
+    """
+    groups = [group for name in heads for group in workers_of(flow.heads[name])] + workers_of(flow.trunk)
+    wanted = sum(group[0].cpus * group[0].workers[0] for group in groups)
+    return min(1.0, 0.95 * cpus / wanted) if wanted else 1.0
+
+
+def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: float) -> Any:
+    for group in workers_of(steps):
+        first = group[0]
+        fewest, most = first.workers
+        options: dict[str, Any] = {"memory": first.memory_bytes} if first.memory_bytes else {}
+        dataset = dataset.map_batches(
+            Worker,
+            fn_constructor_args=(group, meter.handle, code_digest()),
+            batch_format="pyarrow",
+            batch_size=first.rows_per_batch,
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(min_size=fewest, max_size=max(fewest, most)),
+            num_cpus=round(first.cpus * scale, 3),
+            num_gpus=first.gpus,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+            **options,
+        )
+    return dataset
+
+
+class Worker:
+    """The callable that Ray builds in each actor: a chain of operators and its counts."""
+
+    def __init__(self, steps: Sequence[Step], meter: Any, driver_code: str) -> None:
+        if code_digest() != driver_code:
+            raise ContractError("this worker runs other pagereel code than the driver: update the cluster's image")
+        self._reporter = Reporter(meter)
+        self._chain = Chain(steps, self._reporter.add)
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Yield the tables that the chain makes of one batch."""
+        try:
+            yield from self._chain.run(table)
+        except WorkerLostError:
+            # A sticky CUDA fault poisons the process: Ray replaces the actor and runs the batch again.
+            logger.exception("this worker is unusable and ends")
+            sys.stderr.flush()
+            os._exit(17)
+        finally:
+            self._reporter.flush()
+
+
+class Reporter:
+    """Sends a worker's counts to the meter, at most once a second."""
+
+    def __init__(self, meter: Any) -> None:
+        self._meter = meter
+        self._lock = threading.Lock()
+        self._counts: dict[str, StepCount] = {}
+        self._sent = 0.0
+
+    def add(self, name: str, rows_in: int, rows_out: int, seconds: float) -> None:
+        """Count one call of a step."""
+        with self._lock:
+            self._counts.setdefault(name, StepCount()).add(rows_in, rows_out, seconds)
+        if time.monotonic() - self._sent > METER_INTERVAL_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what has been counted; a lost report costs a number on a display, never a row."""
+        with self._lock:
+            counts, self._counts = self._counts, {}
+            self._sent = time.monotonic()
+        if counts:
+            self._meter.merge.remote(counts)
+
+
+class RayMeter:
+    """A `Meter` in a small actor of its own, read from the driver."""
+
+    def __init__(self) -> None:
+        self.handle = ray.remote(Meter).options(num_cpus=0, max_restarts=-1).remote()
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Return the counts so far."""
+        result: dict[str, dict[str, Any]] = ray.get(self.handle.snapshot.remote(), timeout=30)
+        return result
+
+
+@functools.cache
+def code_digest() -> str:
+    """Return a hash of the source of our packages: workers that run other code than the driver are refused."""
+    hasher = hashlib.sha256()
+    root = Path(pipeline.__file__ or "").parent.parent
+    for package in ("schemas", "operators", "pipeline"):
+        for path in sorted((root / package).rglob("*.py")):
+            hasher.update(path.relative_to(root).as_posix().encode())
+            hasher.update(path.read_bytes())
+    return hasher.hexdigest()

@@ -1,0 +1,115 @@
+"""What happens when an operator raises something that nobody foresaw: one row pays, the others go on.
+
+`RecordError` never gets here: operators turn it into a row themselves. A defect of ours, or of a library, that shows
+on one row must not end a night's run; one that shows on every row must, because then the worker is at fault.
+"""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from operators.base import Operator, rows_to_table
+from schemas.errors import PagereelError, RecordError, error_struct
+from schemas.generation import DECODED, IDENTITY
+from schemas.source import UNIT
+
+logger = logging.getLogger(__name__)
+
+MOST_STRIKES = 3
+"""Rows in a row that may fail by surprise before the operator itself is held to be broken."""
+
+
+class Guard:
+    """Runs one operator; a batch that raises by surprise is halved until the offending row stands alone.
+
+    Args:
+        operator: what is run. It must declare an `error` column, or start from units; others are not guarded.
+    """
+
+    def __init__(self, operator: Operator[Any]) -> None:
+        self.operator = operator
+        self._strikes = 0
+
+    def run(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Yield the operator's tables for `table`, with error rows for rows it cannot take.
+
+        Raises:
+            PagereelError: raised by the operator on purpose; never guarded.
+            Exception: the operator's own, after `MOST_STRIKES` rows without a success between them.
+        """
+        if self.operator.expands and table.num_rows > 1:
+            for position in range(table.num_rows):
+                yield from self.run(table.slice(position, 1))
+            return
+        made = 0
+        try:
+            for produced in self.operator.run(table):
+                made += produced.num_rows
+                yield produced
+            self._strikes = 0
+            return
+        except (PagereelError, MemoryError):
+            raise
+        except Exception as error:
+            if not self._guardable(table):
+                raise
+            failure = error
+        if table.num_rows > 1:
+            middle = table.num_rows // 2
+            yield from self.run(table.slice(0, middle))
+            yield from self.run(table.slice(middle))
+            return
+        self._strikes += 1
+        if self._strikes > MOST_STRIKES:
+            raise failure
+        logger.warning("%s failed on one row: %r", type(self.operator).__name__, failure)
+        yield self._error_rows(table, made, failure)
+
+    def _guardable(self, table: pa.Table) -> bool:
+        return "error" in table.schema.names and "error" in self.operator.outgoing(table.schema).names
+
+    def _error_rows(self, table: pa.Table, made: int, failure: Exception) -> pa.Table:
+        name = type(self.operator).__name__
+        trace = "".join(traceback.format_exception(failure))[-8000:]
+        wrapped = RecordError(f"{name}: {failure}", code="internal", stage="postprocess")
+        wrapped.__cause__ = failure
+        error = error_struct(wrapped, name, trace)
+        wanted = self.operator.outgoing(table.schema)
+        rows = []
+        for row in table.to_pylist():
+            if self.operator.expands:
+                rows += unit_error_rows(row, made, error)
+            else:
+                rows.append({key: value for key, value in row.items() if key in wanted.names} | {"error": error})
+        return rows_to_table(rows, wanted)
+
+
+def unit_error_rows(unit: dict[str, Any], done: int, error: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a DECODED row with `error` for each record of a unit after the first `done`.
+
+    Args:
+        unit: a row of UNIT.
+        done: records that came out before the failure.
+        error: a value of the ERROR struct.
+    """
+    shared = {name: unit[name] for name in IDENTITY.names if name in UNIT.names}
+    rows = []
+    for position, key in enumerate(unit["record_keys"] or []):
+        row = shared | {"record_key": key, "error": error}
+        if unit["page_numbers"]:
+            row |= {"page_number": unit["page_numbers"][position], "page_count": unit["page_count"]}
+        else:
+            row |= unit["segments"][position]
+        rows.append(row)
+    return rows[done:]
+
+
+def guarded(operator: Operator[Any]) -> Guard | Operator[Any]:
+    """Return `operator` behind a guard, where its rows can carry an error."""
+    from_units = operator.expands and operator.adds.names == DECODED.names
+    carries = not operator.expands and not operator.replaces
+    prepares = operator.replaces and not operator.expands and "error" in operator.adds.names
+    return Guard(operator) if from_units or carries or prepares else operator

@@ -1,0 +1,110 @@
+"""Millions of record keys in a few tens of megabytes."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FOLD_AT = 1 << 16
+KEY_BYTES = 16
+
+
+class Entry(NamedTuple):
+    """What is known of one record: the number of its commit, and its state (a small number of the caller's)."""
+
+    commit: int
+    state: int
+
+
+def short_key(record_key: str) -> bytes:
+    """Return 16 bytes that stand for `record_key`; among 10^8 keys two meet with a chance of about 10^-23."""
+    return hashlib.blake2b(record_key.encode(), digest_size=KEY_BYTES).digest()
+
+
+class KeyIndex:
+    """A map from record key to `Entry`: 22 bytes a record, plus a small dict of the newest ones.
+
+    What was added first stays, unless the caller's `rank` says that the newer commit wins.
+
+    Args:
+        ranks: `ranks[commit]` orders commits, the lower wins; the caller's own list, which may grow.
+    """
+
+    def __init__(self, ranks: Sequence[tuple[int, str, str]]) -> None:
+        self._ranks = ranks
+        self._recent: dict[bytes, Entry] = {}
+        self._keys = np.empty(0, dtype=f"S{KEY_BYTES}")
+        self._commits = np.empty(0, dtype=np.int32)
+        self._states = np.empty(0, dtype=np.int16)
+
+    def __len__(self) -> int:
+        self._fold()
+        return len(self._keys)
+
+    def __contains__(self, record_key: object) -> bool:
+        return isinstance(record_key, str) and self.get(record_key) is not None
+
+    def get(self, record_key: str) -> Entry | None:
+        """Return what is known of `record_key`."""
+        return self._get(short_key(record_key))
+
+    def add(self, record_key: str, commit: int, state: int) -> None:
+        """Note that commit number `commit` holds `record_key`; the better ranked of two commits is kept."""
+        key = short_key(record_key)
+        known = self._recent.get(key)
+        if known is None or self._ranks[commit] < self._ranks[known.commit]:
+            self._recent[key] = Entry(commit, state)
+        if len(self._recent) >= FOLD_AT:
+            self._fold()
+
+    def lookup(self, record_keys: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]:
+        """Return commit numbers and states of `record_keys`, -1 where one is not known."""
+        self._fold()
+        wanted = np.array([short_key(key) for key in record_keys], dtype=f"S{KEY_BYTES}")
+        places = np.searchsorted(self._keys, wanted)
+        places[places == len(self._keys)] = 0
+        if not len(self._keys):
+            absent = np.full(len(wanted), -1)
+            return absent.astype(np.int32), absent.astype(np.int16)
+        found = self._keys[places] == wanted
+        return np.where(found, self._commits[places], -1), np.where(found, self._states[places], -1)
+
+    def state_counts(self) -> dict[int, int]:
+        """Return how many records are in each state."""
+        self._fold()
+        values, counts = np.unique(self._states, return_counts=True)
+        return {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+
+    def _get(self, key: bytes) -> Entry | None:
+        recent = self._recent.get(key)
+        folded = self._folded(key)
+        if recent is None or folded is None:
+            return recent or folded
+        return min(recent, folded, key=lambda entry: self._ranks[entry.commit])
+
+    def _folded(self, key: bytes) -> Entry | None:
+        wanted = np.array(key, dtype=self._keys.dtype)
+        place = int(np.searchsorted(self._keys, wanted))
+        if place < len(self._keys) and self._keys[place] == wanted:
+            return Entry(int(self._commits[place]), int(self._states[place]))
+        return None
+
+    def _fold(self) -> None:
+        """Move the newest entries into the sorted arrays."""
+        if not self._recent:
+            return
+        newest = list(self._recent.values())
+        keys = np.concatenate([self._keys, np.array(list(self._recent), dtype=self._keys.dtype)])
+        commits = np.concatenate([self._commits, np.array([e.commit for e in newest], dtype=np.int32)])
+        states = np.concatenate([self._states, np.array([e.state for e in newest], dtype=np.int16)])
+        by_rank = sorted(range(len(self._ranks)), key=self._ranks.__getitem__)
+        rank_of = np.empty(len(by_rank), dtype=np.int64)
+        rank_of[by_rank] = np.arange(len(by_rank))
+        order = np.lexsort((rank_of[commits], keys))
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = keys[order][1:] != keys[order][:-1]
+        chosen = order[first]
+        self._keys, self._commits, self._states = keys[chosen], commits[chosen], states[chosen]
+        self._recent.clear()

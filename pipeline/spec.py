@@ -1,0 +1,142 @@
+"""What a run was asked to do: every option of the command line, of a job file and of the Python call."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from schemas.errors import ConfigError
+
+Task = Literal["ocr", "parse", "caption"]
+
+LARGEST_SEGMENT_PIXELS_BYTES = 96 * 2**20
+BYTES_PER_SLICE = 448 * 448 * 3 * 1.1
+
+
+class RunSpec(BaseModel):
+    """One run: inputs, task, output, and how.
+
+    The defaults are those of the released MiniCPM-V 4.6 where the model has one, else they are argued beside the
+    operator that uses them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: Annotated[Task, Field(description="ocr: text as Markdown; parse: layout blocks; caption: captions.")]
+    inputs: Annotated[
+        tuple[str, ...], Field(min_length=1, description="Files, folders, globs, URLs, or manifests of them.")
+    ]
+    output: Annotated[str, Field(min_length=1, description="Run folder, local or an fsspec URL; resumes if it exists.")]
+
+    engine: Annotated[
+        Literal["auto", "torch", "cpu"],
+        Field(
+            description="torch runs MiniCPM-V; cpu reads pages with RapidOCR; auto takes torch when a model is named "
+            "or a GPU is there."
+        ),
+    ] = "auto"
+    model: Annotated[
+        str | None, Field(description="Hub id, local folder, or demo (tiny random weights, meaningless text).")
+    ] = None
+    revision: Annotated[str | None, Field(description="Revision of a hub model.")] = None
+    device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="Where the model runs.")] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], Field(description="auto is bf16 on a GPU and fp32 on a CPU.")] = (
+        "auto"
+    )
+
+    pages: Annotated[str | None, Field(description="Pages to read, such as 1-5,8 or 7-; all when absent.")] = None
+    password: Annotated[SecretStr | None, Field(description="Password for encrypted PDFs; never stored.")] = None
+    text_layer: Annotated[
+        Literal["auto", "ignore", "only"],
+        Field(
+            description="auto takes embedded text where it is trustworthy; ignore reads every page; only never does."
+        ),
+    ] = "auto"
+    dpi: Annotated[float, Field(ge=36, le=600, description="Resolution at which pages are rendered.")] = 200.0
+    max_pixels: Annotated[
+        int, Field(ge=200_000, le=40_000_000, description="Cap on the pixels of a rendered page, whatever its size.")
+    ] = 6_000_000
+
+    downsample: Annotated[
+        Literal["16x", "4x"] | None,
+        Field(
+            description="Visual tokens: 16x is fewer and faster, 4x reads smaller print; the model's own by default."
+        ),
+    ] = None
+    max_slices: Annotated[
+        int | None, Field(ge=1, le=64, description="Most slices a page; more read smaller print, cost more tokens.")
+    ] = None
+    video_max_slices: Annotated[int, Field(ge=1, le=16, description="Most slices a video frame.")] = 1
+    use_image_id: Annotated[
+        bool | None, Field(description="Number the images in the prompt; by default yes for pages, no for clips.")
+    ] = None
+
+    segment_seconds: Annotated[float, Field(gt=0, le=600, description="Length of a video segment.")] = 30.0
+    fps: Annotated[float, Field(gt=0, le=30, description="Main frames a second of video.")] = 1.0
+    max_frames: Annotated[int, Field(ge=1, le=1024, description="Most main frames a segment.")] = 128
+    stack_frames: Annotated[
+        int, Field(ge=1, le=10, description="Frames seen each second: one main frame and stack-1 in a composite.")
+    ] = 1
+
+    thinking: Annotated[bool, Field(description="Let the model think first; the thought is stored apart.")] = False
+    prompt: Annotated[str | None, Field(description="Instruction in place of the task's own.")] = None
+    max_new_tokens: Annotated[
+        int | None, Field(ge=1, le=32768, description="Most tokens of an answer; the model's own limit, else 4096.")
+    ] = None
+    temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy: the same answer each time.")] = 0.0
+
+    address: Annotated[str | None, Field(description="A Ray cluster; a Ray of our own when absent.")] = None
+    local: Annotated[bool, Field(description="A plain loop in this process instead of Ray: small runs, debugging.")] = (
+        False
+    )
+    workers: Annotated[int | None, Field(ge=1, description="Most decode workers; the machine's cores by default.")] = (
+        None
+    )
+    gpus: Annotated[int | None, Field(ge=0, description="GPU workers; all GPUs by default.")] = None
+    object_store_mb: Annotated[int | None, Field(ge=100, description="Size of our own Ray's object store.")] = None
+
+    limit: Annotated[int | None, Field(ge=1, description="Take only the first sources.")] = None
+    max_error_rate: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="Exit status 4 when more pages and segments fail; not set by default."),
+    ] = None
+    price_per_gpu_hour: Annotated[float | None, Field(ge=0, description="Prints the cost of the run.")] = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunSpec":
+        seconds = min(self.segment_seconds, self.max_frames / self.fps)
+        images = min(self.max_frames, seconds * self.fps) * (2 if self.stack_frames > 1 else 1)
+        slices = images * (1 + (self.video_max_slices if self.video_max_slices > 1 else 0))
+        if slices * BYTES_PER_SLICE > LARGEST_SEGMENT_PIXELS_BYTES:
+            raise ValueError(
+                f"a video segment would carry {slices * BYTES_PER_SLICE / 2**20:.0f} MB of pixels, at most "
+                f"{LARGEST_SEGMENT_PIXELS_BYTES / 2**20:.0f} fit: lower segment_seconds, fps, max_frames or "
+                "video_max_slices"
+            )
+        return self
+
+    def stored(self) -> dict[str, Any]:
+        """Return the spec as it may be written down: without the password."""
+        return self.model_dump(mode="json", exclude={"password"}) | {"password_given": self.password is not None}
+
+
+HOW_ONLY = (
+    "address", "local", "workers", "gpus", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
+    "output", "password", "limit", "password_given",
+)  # fmt: skip
+"""Options that say where and how fast, not what comes out: a resumed run may change them."""
+
+
+def make_spec(options: dict[str, Any]) -> RunSpec:
+    """Return the spec of `options`.
+
+    Raises:
+        ConfigError: an option is unknown or out of range, in one line.
+    """
+    try:
+        return RunSpec.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ConfigError(f"{where}: {message}{more}" if where else f"{message}{more}") from error
