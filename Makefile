@@ -7,6 +7,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo-run
+BENCH ?= end_to_end
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## List the targets.
@@ -23,10 +24,11 @@ $(VENV)/.done-venv:
 	echo "No Python 3.11, 3.12 or 3.13 found; name one: make PYTHON=/path/to/python3.11 demo" >&2; exit 1
 
 # RapidOCR goes in without its dependencies, which are ours already: it asks for opencv-python, whose bundled Qt needs
-# system libraries that a bare machine lacks; opencv-python-headless stands in for it.
+# system libraries that a bare machine lacks; opencv-python-headless stands in for it. Its metadata also refuses Python
+# 3.13, where it reads all the same: 1.4.4 was tried there with the versions of constraints.txt.
 $(VENV)/.done-runtime: $(VENV)/.done-venv pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e .
-	$(BIN)/python -m pip install -c constraints.txt --no-deps rapidocr-onnxruntime
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --ignore-requires-python rapidocr-onnxruntime
 	@touch $@
 
 $(VENV)/.done-dev: $(VENV)/.done-runtime
@@ -40,7 +42,7 @@ demo: $(VENV)/.done-runtime ## Read the sample documents and videos into ./demo-
 	@echo
 	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. What the demo model wrote means nothing: its weights are random."
 	@echo "Count:   $(BIN)/pagereel status $(DEMO)/ocr"
-	@echo "Load:    $(BIN)/python -c \"import pandas; print(pandas.read_parquet('$(DEMO)/ocr/pages'))\"   (pip install pandas)"
+	@echo "Load:    $(BIN)/python -c \"import pandas; print(pandas.read_parquet('$(DEMO)/ocr/pages'))\""
 	@echo "Again:   make demo resumes the same runs and computes nothing twice."
 
 check: $(VENV)/.done-dev ## Lint, format, types, import rules.
@@ -56,11 +58,8 @@ test: check ## The checks, then the tests.
 chaos: $(VENV)/.done-dev ## Heavy kill-and-resume runs.
 	$(BIN)/pytest -m chaos || test $$? = 5
 
-bench: $(VENV)/.done-dev ## Every benchmark in jobs/bench, one after the other.
-	@for file in jobs/bench/[!_]*.py; do \
-		test -e "$$file" || { echo "There are no benchmarks in jobs/bench yet."; continue; }; \
-		echo "== $$file"; $(BIN)/python -m "jobs.bench.$$(basename "$$file" .py)"; \
-	done
+bench: $(VENV)/.done-dev ## A benchmark of jobs/bench: make bench BENCH=end_to_end.
+	$(BIN)/python -m jobs bench $(BENCH)
 
 clean: ## Delete .venv, demo-run and every cache.
 	rm -rf $(VENV) $(DEMO) build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,10 +1,9 @@
 """The command line: `pagereel ocr | parse | caption | run | plan | status | doctor`."""
 
-import json
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import click
 import typer
@@ -12,7 +11,7 @@ import typer
 from jobs.display import JsonDisplay, LiveDisplay, PlainDisplay
 from jobs.options import command
 from jobs.spec import load_spec
-from jobs.summary import print_plan, print_status, print_summary
+from jobs.terminal import own_terminal
 from pipeline.spec import RunSpec, Task, make_spec
 from schemas.errors import ConfigError, PagereelError
 
@@ -73,7 +72,8 @@ def run_file(
 
 def _plan(inputs: Inputs, task: Task, as_json: Json, options: dict[str, Any]) -> None:
     """Show what a run would do: sources, units, records, and the steps of its flow. Writes nothing."""
-    from pipeline.run import plan
+    from jobs.summary import print_plan
+    from pipeline.runner import plan
 
     spec = make_spec({"task": task, "inputs": inputs, "output": "-", **options})
     print_plan(plan(spec), as_json=as_json)
@@ -91,7 +91,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Prove by counting that every page and segment of a run is accounted for."""
-    from pipeline.run import status_of
+    from jobs.summary import print_status
+    from pipeline.runner import status_of
 
     accounting = status_of(run, verify=verify)
     print_status(accounting, run, as_json=as_json)
@@ -120,20 +121,20 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
     Raises:
         ConfigError: the spec cannot run as written.
     """
-    from pipeline.run import run
+    from jobs.summary import print_summary
+    from pipeline.runner import run
 
-    display: JsonDisplay | LiveDisplay | PlainDisplay
-    if as_json:
-        display = JsonDisplay()
-    elif sys.stderr.isatty() and not quiet and os.environ.get("TERM") != "dumb":
-        display = LiveDisplay()
-    else:
-        display = PlainDisplay(quiet=quiet)
-    try:
-        summary = run(spec, display)
-    finally:
-        if isinstance(display, LiveDisplay):
-            display.close()
+    with own_terminal() as (terminal, log):
+        display = _display(terminal, quiet=quiet, as_json=as_json)
+        try:
+            summary = run(spec, display)
+        except PagereelError as error:
+            if not isinstance(error, ConfigError):
+                error.add_note(f"details: {log}")
+            raise
+        finally:
+            if isinstance(display, LiveDisplay):
+                display.close()
     if isinstance(display, JsonDisplay):
         display.emit("summary", **summary.as_dict())
     else:
@@ -143,6 +144,14 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
     if spec.max_error_rate is not None and summary.error_rate > spec.max_error_rate:
         return EXIT_ERROR_RATE
     return EXIT_DONE
+
+
+def _display(terminal: TextIO, *, quiet: bool, as_json: bool) -> JsonDisplay | LiveDisplay | PlainDisplay:
+    if as_json:
+        return JsonDisplay()
+    if terminal.isatty() and not quiet and os.environ.get("TERM") != "dumb":
+        return LiveDisplay(terminal)
+    return PlainDisplay(terminal, quiet=quiet)
 
 
 def _say(message: str) -> None:
@@ -168,13 +177,9 @@ def main() -> None:
         _say("interrupted; the same command resumes")
         status = EXIT_INCOMPLETE
     except PagereelError as error:
-        _say(f"stopped: {' '.join(str(error).split())}; the same command resumes")
+        details = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        _say(f"stopped: {' '.join(str(error).split())}; the same command resumes{details}")
         status = EXIT_INCOMPLETE
     except BrokenPipeError:
         status = EXIT_DONE
     sys.exit(status)
-
-
-def print_json(value: Any) -> None:
-    """Write one JSON value on standard output."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")

@@ -96,8 +96,8 @@ class PlainDisplay:
 class LiveDisplay:
     """A table of the steps and a progress bar that repaint in place."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    def __init__(self, stream: TextIO) -> None:
+        self._console = Console(file=stream, force_terminal=True)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()
 

@@ -13,7 +13,7 @@ from pipeline.spec import RunSpec
 
 ARGUMENT_FIELDS = ("task", "inputs", "output")
 GROUPS = {
-    "What to read": ("pages", "password", "text_layer", "limit"),
+    "What to read": ("pages", "password", "text_layer", "limit", "retry_failed"),
     "Model": (
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
     ),

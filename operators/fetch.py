@@ -143,7 +143,7 @@ def with_retries(attempt: Callable[[], None], address: str, config: FetchConfig)
         except FetchError:
             raise
         # Each fsspec backend has exceptions of its own (botocore, aiohttp, google, azure), with no common root.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failure = translated(error, address)
             if not failure.retryable or number == config.max_attempts:
                 raise failure from error

@@ -19,6 +19,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from schemas.errors import ConfigError
+
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
@@ -27,6 +29,8 @@ WORK_SIDE_PX: Final = 1000
 MAX_SKEW_DEGREES: Final = 15.0
 MIN_GLYPHS: Final = 12
 """Fewer glyph-like components give no stable projection."""
+MIN_SKEW_GLYPHS: Final = 60
+"""One or two short lines are sharp at any small angle."""
 MAX_POINTS: Final = 20_000
 STRIPS: Final = 3
 """Ink is projected in this many strips of the page, so that columns whose lines lie at different heights do not fill
@@ -98,11 +102,19 @@ def find_orientation(image: Image) -> Orientation:
     return _quarter_turn(gray, small, glyphs.side_px)
 
 
+def has_text_lines(image: Image) -> bool:
+    """Return whether `image`, (H, W, 3) uint8 RGB, holds glyphs that stand in lines, in whatever script."""
+    glyphs = _glyphs(_reduced(np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))))
+    if glyphs is None:
+        return False
+    evidence = _row_evidence(glyphs)
+    return max(evidence, 1 / evidence) >= MIN_EVIDENCE
+
+
 def upright(image: Image, orientation: Orientation) -> Image:
     """Return `image` turned by `orientation`, on a canvas that holds all of it, the new corners white.
 
-    The centre of the page stays the centre of the canvas, whose sides are those of the turned page's hull, rounded
-    up: `upright_size` gives them.
+    The centre of the page stays the centre of the canvas, whose sides are those of `hull_size`, rounded up.
 
     Args:
         image: (H, W, 3) uint8.
@@ -199,9 +211,11 @@ def _mean_gap(mask: Image, longest_px: float) -> float:
 
 def _skew(glyphs: _Glyphs) -> float:
     """Return the angle by which the lines fall to the right, to a tenth of a degree: the turn that undoes it."""
+    if glyphs.count < MIN_SKEW_GLYPHS:
+        return 0.0
     width = glyphs.mask.shape[1]
     window_px = max(2, round(glyphs.side_px * 0.8))
-    best, step = 0.0, 0.5
+    step = 0.5
     coarse = np.arange(-MAX_SKEW_DEGREES, MAX_SKEW_DEGREES + 0.1, step)
     best = max(coarse, key=lambda angle: _sharpness(glyphs.xs, glyphs.ys, width, angle, window_px))
     fine = np.arange(best - step, best + step + 0.01, 0.1)
@@ -270,7 +284,13 @@ def _crop(gray: Image, box: tuple[int, int, int, int], back: Floats, scale: floa
     margin = 0.12 * height
     line_height = height + 2 * margin
     line_width = min(width + 2 * margin, line_height * CROP_WIDTH_PX / CROP_HEIGHT_PX)
-    corners = np.array([[left - margin, top - margin], [left - margin + line_width, top - margin], [left - margin, top + height + margin]])
+    corners = np.array(
+        [
+            [left - margin, top - margin],
+            [left - margin + line_width, top - margin],
+            [left - margin, top + height + margin],
+        ]
+    )
     source = (corners @ back[:, :2].T + back[:, 2]) * scale
     target_width = max(CROP_HEIGHT_PX, round(line_width / line_height * CROP_HEIGHT_PX))
     target = np.array([[0, 0], [target_width, 0], [0, CROP_HEIGHT_PX]], np.float32)
@@ -286,8 +306,8 @@ def _session(name: str) -> Any:
     import onnxruntime
 
     spec = importlib.util.find_spec("rapidocr_onnxruntime")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ConfigError("rapidocr_onnxruntime is not installed: make setup installs it without its dependencies")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
@@ -319,5 +339,7 @@ def _reading(crops: list[Image]) -> float:
     """Return the mean over the crops of the mean probability of what was read, blanks left out."""
     probabilities = _run("ch_PP-OCRv4_rec_infer.onnx", crops)
     best, index = probabilities.max(axis=2), probabilities.argmax(axis=2)
-    scores = [float(line[read != 0].mean()) if (read != 0).any() else 0.0 for line, read in zip(best, index, strict=True)]
+    scores = [
+        float(line[read != 0].mean()) if (read != 0).any() else 0.0 for line, read in zip(best, index, strict=True)
+    ]
     return float(np.mean(scores))

@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCodeException
 
 import pipeline
 from pipeline.metrics import METER_INTERVAL_SECONDS, Meter, StepCount
 from pipeline.step import Chain, Flow, Step, check_contract, workers_of
 from schemas.errors import ConfigError, ContractError, WorkerLostError
-from schemas.source import UNIT
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ BLOCK_BYTES = 32 * 2**20
 
 TASK_RETRIES = 3
 NO_PROGRESS_SECONDS = 900
+
+RAY_ERRORS = (ray.exceptions.RayError, UserCodeException, SystemException, ExecutionTimeoutError)
+"""What ends an attempt: a dead worker that did not come back, or an exception in a worker that no guard could take."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +116,41 @@ def configure_data() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def run_flow(flow: Flow, units: dict[str, Iterable[pa.Table]], meter: "RayMeter") -> Iterator[pa.Table]:
-    """Run `flow` over `units` on Ray and yield what its last step returns.
+def hold(table: pa.Table) -> Any:
+    """Return a reference to `table` in the object store."""
+    return ray.put(table)
+
+
+def cluster_cpus() -> float:
+    """Return the logical CPUs of the cluster."""
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
+def cluster_gpus() -> int:
+    """Return the GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def root_cause(error: BaseException) -> str:
+    """Return in one line what went wrong inside a Ray error."""
+    cause: BaseException = error
+    for _ in range(10):
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        cause = inner
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    # Ray prints the worker's traceback into the message; its last plain line names the exception.
+    named = [line for line in lines if ": " in line and not line.startswith(("File ", "ray::"))]
+    return f"{type(cause).__name__}: {(named or lines or ['no message'])[-1][:500]}"
+
+
+def run_flow(flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter") -> Iterator[pa.Table]:
+    """Run `flow` over held tables on Ray and yield what its last step returns.
 
     Args:
         flow: heads and trunk.
-        units: tables of units for each head; each table becomes one block, so one task.
+        inputs: references made by `hold`, for each head; each becomes one block, so one task of the first step.
         meter: receives the counts of every step.
 
     Yields:
@@ -127,21 +160,13 @@ def run_flow(flow: Flow, units: dict[str, Iterable[pa.Table]], meter: "RayMeter"
         ContractError: the steps do not fit together, before any worker starts.
     """
     configure_data()
-    heads = []
-    trunk_incoming: pa.Schema | None = None
-    cpus = float(ray.cluster_resources().get("CPU", 1))
-    scale = cpu_scale(flow, [name for name in flow.heads if name in units], cpus)
-    for name, tables in units.items():
-        steps = flow.heads[name]
-        trunk_incoming = check_contract(steps, UNIT)
-        blocks = [ray.put(table) for table in tables]
-        if not blocks:
-            continue
-        dataset = ray.data.from_arrow_refs(blocks)
-        heads.append(_add_steps(dataset, steps, meter, scale))
-    if not heads or trunk_incoming is None:
+    used = [name for name, held in inputs.items() if held]
+    for name in used:
+        check_contract([*flow.heads[name], *flow.trunk], flow.incoming)
+    if not used:
         return
-    check_contract(flow.trunk, trunk_incoming)
+    scale = cpu_scale(flow, used, cluster_cpus())
+    heads = [_add_steps(ray.data.from_arrow_refs(inputs[name]), flow.heads[name], meter, scale) for name in used]
     records = heads[0].union(*heads[1:]) if len(heads) > 1 else heads[0]
     results = _add_steps(records, flow.trunk, meter, scale)
     yield from results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
@@ -163,7 +188,8 @@ def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: fl
         first = group[0]
         fewest, most = first.workers
         options: dict[str, Any] = {"memory": first.memory_bytes} if first.memory_bytes else {}
-        dataset = dataset.map_batches(
+        dataset = _map_batches(
+            dataset,
             Worker,
             fn_constructor_args=(group, meter.handle, code_digest()),
             batch_format="pyarrow",
@@ -172,11 +198,17 @@ def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: fl
             compute=ActorPoolStrategy(min_size=fewest, max_size=max(fewest, most)),
             num_cpus=round(first.cpus * scale, 3),
             num_gpus=first.gpus,
-            max_restarts=-1,
             max_task_retries=TASK_RETRIES,
             **options,
         )
     return dataset
+
+
+def _map_batches(dataset: Any, worker: type["Worker"], **options: Any) -> Any:
+    with warnings.catch_warnings():
+        # 2.60 has no named parameter for max_task_retries yet, and warns of the only way to set it.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        return dataset.map_batches(worker, **options)
 
 
 class Worker:

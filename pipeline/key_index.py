@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 FOLD_AT = 1 << 16
+FOLD_SHARE = 16
 KEY_BYTES = 16
 
 
@@ -56,7 +57,7 @@ class KeyIndex:
         known = self._recent.get(key)
         if known is None or self._ranks[commit] < self._ranks[known.commit]:
             self._recent[key] = Entry(commit, state)
-        if len(self._recent) >= FOLD_AT:
+        if len(self._recent) >= max(FOLD_AT, len(self._keys) // FOLD_SHARE):
             self._fold()
 
     def lookup(self, record_keys: Sequence[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int16]]:
@@ -108,3 +109,41 @@ class KeyIndex:
         chosen = order[first]
         self._keys, self._commits, self._states = keys[chosen], commits[chosen], states[chosen]
         self._recent.clear()
+
+
+class KeySet:
+    """A set of record keys: 16 bytes each, plus a small set of the newest ones."""
+
+    def __init__(self) -> None:
+        self._recent: set[bytes] = set()
+        self._keys = np.empty(0, dtype=f"S{KEY_BYTES}")
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._recent)
+
+    def add_all(self, record_keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Add all keys; return for each whether it was new, its first place in `record_keys` counting."""
+        short = [short_key(key) for key in record_keys]
+        fresh = ~self._contains(short)
+        for place in np.flatnonzero(fresh).tolist():
+            fresh[place] = short[place] not in self._recent
+            self._recent.add(short[place])
+        if len(self._recent) >= max(FOLD_AT, len(self._keys) // FOLD_SHARE):
+            self._keys = np.sort(np.concatenate([self._keys, np.array(list(self._recent), dtype=self._keys.dtype)]))
+            self._recent.clear()
+        return fresh
+
+    def contains(self, record_keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each key whether it was added."""
+        short = [short_key(key) for key in record_keys]
+        recent: npt.NDArray[np.bool_] = np.array([key in self._recent for key in short], dtype=bool)
+        return recent | self._contains(short)
+
+    def _contains(self, short: list[bytes]) -> npt.NDArray[np.bool_]:
+        if not len(self._keys):
+            return np.zeros(len(short), dtype=bool)
+        wanted = np.array(short, dtype=self._keys.dtype)
+        places = np.searchsorted(self._keys, wanted)
+        places[places == len(self._keys)] = 0
+        found: npt.NDArray[np.bool_] = self._keys[places] == wanted
+        return found

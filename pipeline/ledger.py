@@ -165,19 +165,21 @@ class Ledger:
     def refresh(self) -> int:
         """Read the commits that appeared since the last call; return how many.
 
-        A commit whose part is missing (removed by a sweep while its writer hung) counts for nothing and is listed in
-        `broken`: its records are owed again.
+        At the first call a commit whose part is missing (removed by a sweep while its writer hung) counts for nothing
+        and is listed in `broken`: its records are owed again. Later calls trust the commits, because nobody sweeps
+        while this ledger's driver holds the lease, and to list the parts each time would cost more than to read.
         """
+        first = not self._known
         names = [name for name in self.storage.list(COMMITS) if name.endswith(".json") and name not in self._known]
         if not names:
             return 0
-        parts = set(self.storage.list(PARTS))
+        parts = set(self.storage.list(PARTS)) if first else set()
         for name, data in zip(names, self.storage.get_many(names), strict=True):
             if data is None:
                 continue
             self._known.add(name)
             commit = parse_commit(name, data)
-            if all(file.path in parts for file in commit.parts):
+            if not first or all(file.path in parts for file in commit.parts):
                 self._take(commit)
             else:
                 logger.warning("commit %s names a part that is not there; its records are owed again", name)
@@ -194,6 +196,10 @@ class Ledger:
                 if data is None:
                     raise ContractError(f"commit {name} disappeared")
                 yield parse_commit(name, data)
+
+    def part_ids(self) -> list[str]:
+        """Return the ids of all valid parts known so far, sorted."""
+        return sorted(part_id for _, _, part_id in self._ranks)
 
     def committed_records(self) -> "CommittedRecords":
         """Return the committed records, as of now."""

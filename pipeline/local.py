@@ -6,7 +6,6 @@ import pyarrow as pa
 
 from pipeline.metrics import Meter
 from pipeline.step import Chain, Flow, Step, check_contract, workers_of
-from schemas.source import UNIT
 
 
 def run_flow(flow: Flow, units: dict[str, Iterable[pa.Table]], meter: Meter) -> Iterator[pa.Table]:
@@ -21,7 +20,7 @@ def run_flow(flow: Flow, units: dict[str, Iterable[pa.Table]], meter: Meter) -> 
         ContractError: the steps do not fit together, before any operator is built.
     """
     for name in units:
-        check_contract(flow.trunk, check_contract(flow.heads[name], UNIT))
+        check_contract(flow.trunk, check_contract(flow.heads[name], flow.incoming))
     trunk = [Chain(group, meter.add) for group in workers_of(flow.trunk)]
     batch_rows = [group[0].rows_per_batch for group in workers_of(flow.trunk)]
 

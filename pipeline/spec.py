@@ -94,6 +94,9 @@ class RunSpec(BaseModel):
     gpus: Annotated[int | None, Field(ge=0, description="GPU workers; all GPUs by default.")] = None
     object_store_mb: Annotated[int | None, Field(ge=100, description="Size of our own Ray's object store.")] = None
 
+    retry_failed: Annotated[bool, Field(description="Read failed pages and segments of this run folder once more.")] = (
+        False
+    )
     limit: Annotated[int | None, Field(ge=1, description="Take only the first sources.")] = None
     max_error_rate: Annotated[
         float | None,
@@ -121,7 +124,7 @@ class RunSpec(BaseModel):
 
 HOW_ONLY = (
     "address", "local", "workers", "gpus", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
-    "output", "password", "limit", "password_given",
+    "output", "password", "limit", "retry_failed", "password_given",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from operators.base import Operator, OperatorConfig, require_columns
 from pipeline.guard import guarded
 from schemas.errors import ContractError
+from schemas.source import UNIT
 
 Report = Callable[[str, int, int, float], None]
 """Called with operator name, rows in, rows out, seconds, after each batch."""
@@ -52,10 +53,12 @@ class Flow:
     Attributes:
         heads: steps for units, keyed by head name (`documents`, `videos`).
         trunk: steps for the records that every head produces.
+        incoming: schema of what the heads start from.
     """
 
     heads: dict[str, list[Step]]
     trunk: list[Step] = field(default_factory=list)
+    incoming: pa.Schema = UNIT
 
 
 def workers_of(steps: Sequence[Step]) -> list[list[Step]]:

@@ -99,20 +99,28 @@ CHAT_TEMPLATE: Final = """\
 {%- endif -%}
 """
 
-TURN_END_GAIN: Final = 1.6
+EMBEDDING_GAIN: Final = 0.1
+MIXING_GAIN: Final = 2.0
+"""With a tied head a token would choose itself again for ever, unless what the layers add outweighs its embedding."""
+
+TURN_END_GAIN: Final = -1.3
 """Length of the end-of-turn embedding, which is also its output row, relative to the others. Found by trying: answers
-on pages and clips end after a varied number of tokens."""
+end after a varied number of tokens; with the other sign most would end at once."""
+
+UNPRINTABLE_GAIN: Final = 0.3
+"""The same for tokens that are no printable ASCII character, so that answers are text that a terminal can show."""
 
 
 def write_demo_model(folder: Path) -> None:
     """Write the files of a tiny model with random weights into `folder`, which exists."""
     tokenizer = demo_tokenizer()
-    ids = {name: tokenizer.token_to_id(text) for name, text in TOKEN_TEXTS.items()}
+    vocabulary = tokenizer.get_vocab()
+    ids = {name: vocabulary[text] for name, text in TOKEN_TEXTS.items()}
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    for name, content in demo_settings(ids, tokenizer.get_vocab_size()).items():
+    for name, content in demo_settings(ids, len(vocabulary)).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(demo_weights(tokenizer.get_vocab_size(), ids), folder / "model.safetensors", {"format": "pt"})
+    save_file(demo_weights(len(vocabulary), ids), folder / "model.safetensors", {"format": "pt"})
 
 
 def demo_tokenizer() -> Tokenizer:
@@ -187,7 +195,10 @@ def demo_settings(ids: dict[str, int], vocabulary_size: int) -> dict[str, dict[s
 def demo_weights(vocabulary_size: int, ids: dict[str, int]) -> Weights:
     """Return every tensor of the model under its published name."""
     weights = {name: fill(name, shape) for name, shape in weight_shapes(vocabulary_size).items()}
-    weights["model.language_model.embed_tokens.weight"][ids["turn_end"]] *= TURN_END_GAIN
+    embedding = weights["model.language_model.embed_tokens.weight"]
+    # The byte alphabet begins with printable ASCII, in order.
+    embedding[ord("~") - ord("!") + 1 :] *= np.float32(UNPRINTABLE_GAIN)
+    embedding[ids["turn_end"]] *= np.float32(TURN_END_GAIN / UNPRINTABLE_GAIN)
     return weights
 
 
@@ -195,11 +206,12 @@ def fill(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return the values of the tensor `name`, drawn from a generator that its name seeds."""
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     if name.endswith("embed_tokens.weight"):
-        return noise
+        return noise * np.float32(EMBEDDING_GAIN)
     if name.endswith("position_embedding.weight"):
         return noise * np.float32(0.5)
     if len(shape) > 1:
-        return noise * np.float32(1 / math.sqrt(math.prod(shape[1:])))
+        mixes = "language_model" in name and name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+        return noise * np.float32((MIXING_GAIN if mixes else 1) / math.sqrt(math.prod(shape[1:])))
     if name.endswith(("bias", "A_log", "dt_bias")):
         return noise * np.float32(0.1)
     # Norms of the text model add one to their weight; those of the vision tower and the gated norm do not.

@@ -110,7 +110,7 @@ class PromptBuilder:
         """Return the ids of a user's turn with its images before the text, and the opening of the answer.
 
         Args:
-            text: the instruction; spaces around it do not matter.
+            text: the instruction; spaces after it do not matter.
             images: the images, or for a clip its pictures in time order.
             settings: dials of the prompt.
 
@@ -123,7 +123,8 @@ class PromptBuilder:
             ids += part
             if part is not parts[-1]:
                 ids += self.encode("\n")
-        words = text.strip()
+        # The template trims the turn as a whole: before the text there may be an image.
+        words = text.rstrip() if parts else text.strip()
         # One call for newline and text: byte-pair merges may span them.
         ids += self.encode("\n" + words if parts and words else words)
         ids += [self.tokens.turn_end, *self.encode("\n"), self.tokens.turn_start, *self.encode("assistant\n")]

@@ -36,7 +36,8 @@ class TemporalConfig(BaseModel):
         int, Field(ge=1, le=4096, description="Upper bound on main frames; a longer clip is sampled more thinly.")
     ] = 128
     stack_frames: Annotated[
-        int, Field(ge=1, le=16, description="Frames a period, the main one included; above 1 the others share a canvas.")
+        int,
+        Field(ge=1, le=16, description="Frames a period with the main one; above 1 the others share a canvas."),
     ] = 1
 
     @property

@@ -6,7 +6,8 @@ from typing import Final
 from operators.parse.markdown import clean_answer
 
 _LEAD_IN: Final = re.compile(
-    r"\A(?:(?:sure|certainly|of course|okay|ok)[!,.]?\s+)?(?:here(?:'s| is| are)\b[^\n:]{0,80}:|(?:caption|description)\s*:)\s*",
+    r"\A(?:(?:sure|certainly|of course|okay|ok)[!,.]?\s+)?"
+    r"(?:here(?:'s| is| are)\b[^\n:]{0,80}:|(?:caption|description)\s*:)\s*",
     re.I,
 )
 

@@ -18,7 +18,7 @@ _LITERAL_NEWLINE: Final = re.compile(
     # LaTeX commands that begin with n are left alone: a bare formula has no delimiters to protect it.
     r"(?<!\\)\\n(?!(?:abla|eq|eg|exists|otin|ot|leq|geq|mid|parallel|subseteq|warrow|earrow|ewline|atural)(?![a-z]))"
 )
-_WRAPPER: Final = re.compile(r"\A\s*(`{3,})[ \t]*(?:markdown|md)?[ \t]*\n(.*?)(?:\n\1`*[ \t]*)?\s*\Z", re.S | re.I)
+_OPENING: Final = re.compile(r"(`{3,})[ \t]*(?:markdown|md)?[ \t]*\n", re.I)
 
 _HTML_TAG: Final = re.compile(
     r"</?(?:a|b|br|caption|center|code|col|colgroup|del|details|div|em|figcaption|figure|font|h[1-6]|hr|i|img|ins|li|ol"
@@ -44,16 +44,22 @@ _SYMBOLS: Final = {
     "ldots": "…", "cdots": "…", "dots": "…", "degree": "°", "circ": "°", "prime": "′", "langle": "⟨", "rangle": "⟩",
 }  # fmt: skip
 _FUNCTIONS: Final = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp lim min max sup inf det dim gcd arg".split()
-)
+    ("sin", "cos", "tan", "cot", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp", "lim", "min",
+     "max", "sup", "inf", "det", "dim", "gcd", "arg")
+)  # fmt: skip
 
 
 def strip_fence(text: str) -> str:
     """Return `text` without a fence that wraps all of it; a fence that names a language other than Markdown stays."""
-    match = _WRAPPER.match(text)
-    if match is None or re.search(rf"^{match[1]}", match[2], re.M):
+    stripped = text.strip()
+    opening = _OPENING.match(stripped)
+    if opening is None:
         return text
-    return match[2]
+    lines = stripped[opening.end() :].split("\n")
+    fences = [index for index, line in enumerate(lines) if line.startswith(opening[1])]
+    if fences and fences != [len(lines) - 1]:
+        return text
+    return "\n".join(lines[: fences[0]] if fences else lines)
 
 
 def repair_newlines(text: str) -> str:
@@ -88,7 +94,8 @@ def plain_text(markdown: str) -> str:
     text = "\n".join(line for line in map(_plain_line, text.split("\n")) if line is not None)
     text = _plain_inline(text)
     text = re.sub(r"\x00(\d+)\x00", lambda m: kept[int(m[1])], text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.M)).strip()
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def block_markdown(block: Mapping[str, Any]) -> str:

@@ -103,7 +103,9 @@ def test_pixels_equal_the_released_processor_on_rendered_pages():
     document = pymupdf.open()
     for width_pt, height_pt, scale in ((595, 842, 2), (842, 595, 1.5), (200, 900, 2), (300, 300, 1)):
         page = document.new_page(width=width_pt, height=height_pt)
-        page.insert_textbox(page.rect + (20, 20, -20, -20), "Invoices are due at once. " * 60, fontsize=9)
+        page.insert_textbox(
+            pymupdf.Rect(20, 20, width_pt - 20, height_pt - 20), "Invoices are due at once. " * 60, fontsize=9
+        )
         data = page.get_pixmap(matrix=pymupdf.Matrix(scale, scale)).tobytes("png")
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
         for mode in MODES:

@@ -1,0 +1,81 @@
+"""What goes into the engine and what comes out."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+V = TypeVar("V")
+
+FinishReason = Literal["stop", "length", "repetition", "abort"]
+
+
+class SamplingParams(BaseModel):
+    """How the tokens of one completion are chosen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_new_tokens: Annotated[int, Field(ge=1, description="Longest completion.")]
+    temperature: Annotated[float, Field(ge=0, description="0 is greedy; larger values flatten the choice.")] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Keep the likeliest tokens that sum to this.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")] = 0
+    repetition_penalty: Annotated[
+        float, Field(ge=1, description="Makes tokens of the completion so far less likely; 1 changes nothing.")
+    ] = 1.0
+
+
+@dataclass(frozen=True)
+class ThoughtBudget:
+    """Ends a thought that grows too long.
+
+    Attributes:
+        max_tokens: tokens a thought may have.
+        end_id: the token that ends a thought.
+        forced_ids: what is written when the budget is spent; begins with `end_id`.
+    """
+
+    max_tokens: int
+    end_id: int
+    forced_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Request(Generic[V]):
+    """One prompt and its sampling options.
+
+    Attributes:
+        prompt_ids: tokens of the prompt.
+        sampling: how the completion is chosen.
+        visual: what the model puts in the place of placeholders; the engine does not look at it.
+        seed: of this request's own random draws, so that a batch does not change them.
+        thought: budget of the thought the prompt has opened; None when it opened none or none is set.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    visual: V | None = None
+    seed: int = 0
+    thought: ThoughtBudget | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens that answer one request.
+
+    Attributes:
+        token_ids: generated tokens without the one that ended the answer.
+        finish_reason: why it ended.
+        mean_logprob: mean log-probability under the model of the generated tokens, the ending one included.
+        output_tokens: generated tokens, the ending one included.
+        queue_seconds: time from the call until the request's batch began.
+        batch_seconds: time its batch ran.
+        batch_tokens: tokens that its batch generated.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    mean_logprob: float
+    output_tokens: int
+    queue_seconds: float = field(default=0.0, compare=False)
+    batch_seconds: float = field(default=0.0, compare=False)
+    batch_tokens: int = field(default=0, compare=False)

@@ -1,0 +1,225 @@
+"""The model's answer to each prepared record. The only operator that needs a GPU."""
+
+import dataclasses
+import time
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from operators.base import Operator, OperatorConfig, with_columns
+from operators.engine.engine import BatchEngine, Outcome
+from operators.engine.request import Completion, Request, SamplingParams, ThoughtBudget
+from operators.minicpmv.model import Attention, BatchState, MiniCPMV46
+from operators.minicpmv.patches import Visual
+from operators.minicpmv.prompt import PromptBuilder
+from operators.minicpmv.weights import ModelRef, WeightsKind, locate_model
+from operators.prepare import read_pictures
+from schemas.errors import ConfigError, RecordError, error_struct
+from schemas.generation import FAILURES, GENERATION, REQUEST, ROUTE
+from schemas.ids import canonical_json, digest
+from schemas.image import PIXELS
+
+MAX_NEW_TOKENS: Final = 2048
+"""Where neither the job nor the model says: what the released chat function of the family allows."""
+
+DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class GenerateConfig(OperatorConfig):
+    """Which model answers, where, and how tokens are chosen."""
+
+    model_folder: Annotated[str, Field(description="Folder of the model's files.")]
+    model_id: Annotated[
+        str | None, Field(description="Name the model was asked by; fetched by it where the folder is absent.")
+    ] = None
+    model_revision: Annotated[str | None, Field(description="Commit or hash; null: the files are hashed.")] = None
+    weights_kind: Annotated[WeightsKind | None, Field(description="Null: local, or what a demo model says.")] = None
+    device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="auto takes CUDA where it is.")] = "auto"
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], Field(description="auto: bf16 on CUDA, fp32 on CPU.")] = "auto"
+    attention: Annotated[Attention, Field(description="Attention implementation of transformers.")] = "sdpa"
+    max_new_tokens: Annotated[
+        int | None, Field(ge=1, description="Longest answer, thought included; null: the model's own, or 2048.")
+    ] = None
+    temperature: Annotated[float, Field(ge=0, description="0 is greedy; larger is more varied.")] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Keep the likeliest tokens that sum to this.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Keep this many of the likeliest tokens; 0 keeps all.")] = 0
+    repetition_penalty: Annotated[
+        float, Field(ge=1, description="Makes tokens of the answer so far less likely; 1.2 damages tables.")
+    ] = 1.0
+    max_thought_tokens: Annotated[
+        int | None, Field(ge=1, description="A longer thought is ended, so that an answer follows; null: no bound.")
+    ] = None
+    rows_per_batch: Annotated[int, Field(ge=1, description="Records in one batch; more need more memory.")] = 32
+    max_batch_prompt_tokens: Annotated[
+        int, Field(ge=1, description="Prompt tokens in one batch, padding included; more need more memory.")
+    ] = 65_536
+
+
+class Generate(Operator[GenerateConfig]):
+    """Fill the generation columns of every record that is routed to the model; other records pass untouched.
+
+    Raises:
+        ConfigError: from the constructor, when the model or the device is not there.
+        WorkerLostError: when the device fails in a way that this process does not survive.
+    """
+
+    reads = pa.schema([*ROUTE, *PIXELS, *REQUEST, *FAILURES])
+    adds = pa.schema([*GENERATION, *FAILURES])
+    engine_name: ClassVar[str] = "torch"
+
+    def __init__(self, config: GenerateConfig) -> None:
+        super().__init__(config)
+        self.model_ref: ModelRef = locate_model(
+            config.model_folder, config.model_id, config.model_revision, config.weights_kind
+        )
+        device = choose_device(config.device)
+        self._model = MiniCPMV46(
+            self.model_ref.folder,
+            device=device,
+            dtype=choose_dtype(config.dtype, device),
+            attention=config.attention,
+        )
+        self._engine: BatchEngine[Visual, BatchState] = BatchEngine(
+            self._model, max_rows=config.rows_per_batch, max_prompt_tokens=config.max_batch_prompt_tokens
+        )
+        self._text = PromptBuilder(self._model.config)
+        self._sampling = SamplingParams(
+            max_new_tokens=config.max_new_tokens or self._model.config.generation.max_new_tokens or MAX_NEW_TOKENS,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            repetition_penalty=config.repetition_penalty,
+        )
+        thought = {"max_thought_tokens": config.max_thought_tokens}
+        self.decode_params: str = canonical_json(self._sampling.model_dump() | thought)
+
+    def process(self, table: pa.Table) -> pa.Table:
+        """Return `table` with the answers of its records: same rows, same order."""
+        outcomes = self._outcomes(table)
+        answers = {row: self._answer(table, row, outcome) for row, outcome in outcomes.items()}
+        columns: dict[str, list[Any]] = {}
+        for name in GENERATION.names:
+            before = table[name].to_pylist() if name in table.schema.names else [None] * table.num_rows
+            columns[name] = [answers[row][name] if row in answers else before[row] for row in range(table.num_rows)]
+        errors = table["error"].to_pylist()
+        for row, outcome in outcomes.items():
+            if isinstance(outcome, RecordError):
+                errors[row] = error_struct(outcome, type(self).__name__)
+        return with_columns(table, columns | {"error": errors}, self.adds)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._engine.model.release_memory()
+
+    def _outcomes(self, table: pa.Table) -> dict[int, Outcome]:
+        """Return what became of each row that asks the model, by row."""
+        began = time.perf_counter()
+        outcomes: dict[int, Outcome] = {}
+        requests: dict[int, Request[Visual]] = {}
+        for row in range(table.num_rows):
+            if table["route"][row].as_py() != "model" or table["error"][row].is_valid:
+                continue
+            if not table["prompt_ids"][row].is_valid:
+                continue
+            try:
+                requests[row] = self._request(table, row)
+            except RecordError as error:
+                outcomes[row] = error
+        waited = time.perf_counter() - began
+        for row, outcome in zip(requests, self._engine.generate(list(requests.values())), strict=True):
+            outcomes[row] = later(outcome, waited)
+        return outcomes
+
+    def _request(self, table: pa.Table, row: int) -> Request[Visual]:
+        pictures = read_pictures(table, row)
+        prompt_ids = tuple(table["prompt_ids"][row].as_py())
+        return Request(
+            prompt_ids=prompt_ids,
+            sampling=self._sampling,
+            visual=Visual(pictures.pixels, pictures.shapes),
+            # Equal content draws equal numbers, in whatever batch or run it comes.
+            seed=int(digest(table["content_key"][row].as_py())[:16], 16),
+            thought=self._thought_budget(prompt_ids),
+        )
+
+    def _thought_budget(self, prompt_ids: tuple[int, ...]) -> ThoughtBudget | None:
+        if self.config.max_thought_tokens is None or not self._opens_thought(prompt_ids):
+            return None
+        end = self._model.config.tokens.think_end
+        return ThoughtBudget(self.config.max_thought_tokens, end, (end, *self._text.encode("\n\n")))
+
+    def _opens_thought(self, prompt_ids: tuple[int, ...]) -> bool:
+        """Return whether the prompt ends inside a thought."""
+        tokens = self._model.config.tokens
+        for token in reversed(prompt_ids):
+            if token in (tokens.think_start, tokens.think_end):
+                return token == tokens.think_start
+        return False
+
+    def _answer(self, table: pa.Table, row: int, outcome: Outcome) -> dict[str, Any]:
+        """Return the generation columns of one row."""
+        answer: dict[str, Any] = dict.fromkeys(GENERATION.names)
+        prompt_ids = tuple(table["prompt_ids"][row].as_py())
+        answer |= {
+            "attempt": 1,
+            "temperature": self.config.temperature,
+            "prompt_tokens": len(prompt_ids),
+            "engine": self.engine_name,
+            "weights_kind": self.model_ref.weights_kind,
+            "model_id": self.model_ref.model_id,
+            "model_revision": self.model_ref.revision,
+            "decode_params": self.decode_params,
+        }
+        if not isinstance(outcome, Completion):
+            return answer
+        thought, completion = self._split(outcome.token_ids, opened=self._opens_thought(prompt_ids))
+        share = outcome.output_tokens / max(outcome.batch_tokens, 1)
+        return answer | {
+            "completion": completion,
+            "thought": thought,
+            "finish_reason": outcome.finish_reason,
+            "output_tokens": outcome.output_tokens,
+            "tokens_saved": 0,
+            "mean_logprob": outcome.mean_logprob,
+            "queue_ms": outcome.queue_seconds * 1000,
+            "generate_ms": outcome.batch_seconds * 1000 * share,
+        }
+
+    def _split(self, token_ids: tuple[int, ...], *, opened: bool) -> tuple[str | None, str]:
+        """Return the thought, None when there is none, and the answer."""
+        end = self._model.config.tokens.think_end
+        if opened and end in token_ids:
+            place = token_ids.index(end)
+            return self._text.decode(token_ids[:place]).strip(), self._text.decode(token_ids[place + 1 :]).strip()
+        if opened:
+            return self._text.decode(token_ids).strip(), ""
+        return None, self._text.decode(token_ids).strip()
+
+
+def later(outcome: Outcome, seconds: float) -> Outcome:
+    """Return `outcome` with `seconds` more of waiting."""
+    if not isinstance(outcome, Completion):
+        return outcome
+    return dataclasses.replace(outcome, queue_seconds=outcome.queue_seconds + seconds)
+
+
+def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> torch.device:
+    """Return the device to run on.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device cuda is asked for, and torch {torch.__version__} finds none")
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """Return the type of weights and activations."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[wanted]

@@ -1,0 +1,250 @@
+"""The options of every operator of a flow, composed from one spec."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from operators.decode.clips import DecodeClipsConfig
+from operators.decode.documents import DecodeDocumentsConfig
+from operators.fetch import FetchConfig
+from operators.minicpmv.slicing import SliceConfig
+from operators.minicpmv.temporal import TemporalConfig
+from operators.parse.completions import ParseCompletionsConfig
+from operators.prepare import PrepareConfig
+from operators.probe import ProbeConfig
+from operators.prompts import prompt_for
+from operators.read import MODEL_ID, ReadPagesConfig
+from operators.skip import SkipSegmentsConfig
+from pipeline.reading import Reading
+from pipeline.sink import WriteRecordsConfig
+from pipeline.spec import RunSpec
+from pipeline.versions import versions
+from schemas.ids import canonical_json, digest
+from schemas.vocabulary import SCHEMA_VERSION
+
+MAX_NEW_TOKENS = 4096
+DECODER_PACKAGES = ("pymupdf", "decord", "av")
+
+
+class GenerateOptions(BaseModel):
+    """What the generate step is told, without importing it: it brings torch along, which only its worker needs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model_folder: str
+    model_id: str
+    model_revision: str
+    weights_kind: str
+    device: str
+    dtype: str
+    max_new_tokens: int
+    temperature: float
+    rows_per_batch: int
+
+
+class FlowConfig(BaseModel):
+    """Options of each operator, and the workers a flow may use.
+
+    Attributes:
+        generate: None when no model reads.
+        read: None when the CPU engine is not needed.
+        skip_videos: set when no engine of this run reads videos.
+        decode_workers: most workers of each head.
+        read_workers: most workers of the CPU engine.
+        gpu_workers: workers of the generate step.
+        gpus_per_worker: 0 when the model runs on the CPU.
+        record_rows: records that one call of the generate step gets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    probe: ProbeConfig
+    documents: DecodeDocumentsConfig
+    videos: DecodeClipsConfig
+    skip_videos: SkipSegmentsConfig | None
+    prepare_pages: PrepareConfig
+    prepare_clips: PrepareConfig
+    generate: GenerateOptions | None
+    parse: ParseCompletionsConfig
+    read: ReadPagesConfig | None
+    write: WriteRecordsConfig
+    settings_digest: str
+    decode_workers: int
+    read_workers: int
+    gpu_workers: int
+    gpus_per_worker: float
+    record_rows: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines the rows of a run, and nothing else.
+
+    Attributes:
+        pages: what determines the row of a page, as JSON.
+        segments: what determines the row of a segment, as JSON.
+        text: both, and how sources are cut, as JSON.
+        digest: of `text`.
+    """
+
+    pages: str
+    segments: str
+    text: str
+    digest: str
+
+
+def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
+    """Return the settings under which `spec` plans and keys its records."""
+    found = versions()
+    shared: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "task": spec.task,
+        "engine": reading.engine,
+        "model": [reading.model_id, reading.model_revision, reading.weights_kind],
+        "dtype": spec.dtype,
+        "decode_params": json.loads(_decode_params(spec, reading)),
+        "thinking": spec.thinking,
+        "use_image_id": spec.use_image_id,
+        "decoders": {name: found[name] for name in DECODER_PACKAGES},
+        "cpu_engine": MODEL_ID,
+    }
+    pages = shared | {
+        "text_layer": spec.text_layer,
+        "render": {"mode": "reference", "dpi": spec.dpi, "max_pixels": spec.max_pixels},
+        "slicing": _page_slicing(spec, reading).model_dump(),
+        "prompt": prompt_for(spec.task, "pdf", spec.prompt).sha256,
+    }
+    segments = shared | {
+        "temporal": _temporal(spec).model_dump(),
+        "slicing": _clip_slicing(spec, reading).model_dump(),
+        "prompt": prompt_for(spec.task, "video", spec.prompt).sha256,
+    }
+    text = canonical_json({"pages": pages, "segments": segments, "segment_seconds": spec.segment_seconds})
+    return Settings(
+        pages=digest(canonical_json(pages)), segments=digest(canonical_json(segments)), text=text, digest=digest(text)
+    )
+
+
+def compose(
+    spec: RunSpec,
+    reading: Reading,
+    *,
+    run_uri: str,
+    run_id: str,
+    worker_count: int,
+    gpu_count: int,
+    pass_index: int = 0,
+) -> FlowConfig:
+    """Return the options of every operator.
+
+    Args:
+        spec: what was asked for.
+        reading: who reads.
+        run_uri: where rows go.
+        run_id: this call.
+        worker_count: operators that can work at once.
+        gpu_count: GPUs there are; 0 runs the model on the CPU.
+        pass_index: above 0, rows of this call replace those of earlier passes.
+    """
+    settings = planning_settings(spec, reading)
+    folder = str(reading.model.folder) if reading.model else None
+    page_slicing, clip_slicing = _page_slicing(spec, reading), _clip_slicing(spec, reading)
+    fetch = FetchConfig()
+    prepare = {
+        "model_folder": folder,
+        "use_image_id": spec.use_image_id,
+        "thinking": spec.thinking,
+        "custom_prompt": spec.prompt,
+        "decode_params": canonical_json([reading.model_id, reading.model_revision, _decode_params(spec, reading)]),
+    }
+    reads_pages = spec.task in ("ocr", "parse") and spec.text_layer != "only"
+    gpus = min(gpu_count, spec.gpus) if spec.gpus is not None else gpu_count
+    return FlowConfig(
+        probe=ProbeConfig(
+            task=spec.task,
+            page_settings=settings.pages,
+            segment_settings=settings.segments,
+            segment_seconds=spec.segment_seconds,
+            fetch=fetch,
+        ),
+        documents=DecodeDocumentsConfig(
+            dpi=spec.dpi,
+            max_pixels=spec.max_pixels,
+            text_layer=spec.text_layer,
+            read_route="model" if reading.model else "cpu",
+            layout=spec.task == "parse",
+            fetch=fetch,
+        ),
+        videos=DecodeClipsConfig(temporal=_temporal(spec), slicing=clip_slicing, fetch=fetch),
+        skip_videos=None if reading.model else SkipSegmentsConfig(reason="the CPU engine reads pages, not videos"),
+        prepare_pages=PrepareConfig(slicing=page_slicing, **prepare),
+        prepare_clips=PrepareConfig(slicing=clip_slicing, **prepare),
+        generate=_generate(spec, reading) if reading.model else None,
+        parse=ParseCompletionsConfig(cpu_fallback=reads_pages),
+        read=ReadPagesConfig() if reads_pages else None,
+        write=WriteRecordsConfig(
+            run_uri=run_uri,
+            run_id=run_id,
+            repro_template=f"pagereel {spec.task} {{source}} {{part}} -o repro",
+            downsample_mode=page_slicing.downsample_mode if reading.model else None,
+            max_slice_nums=page_slicing.max_slices if reading.model else None,
+            pass_index=pass_index,
+        ),
+        settings_digest=settings.digest,
+        decode_workers=spec.workers or worker_count,
+        read_workers=spec.workers or worker_count,
+        gpu_workers=max(1, gpus) if reading.uses_gpu else 1,
+        gpus_per_worker=1.0 if reading.uses_gpu else 0.0,
+        record_rows=32 if reading.uses_gpu else 8,
+    )
+
+
+def _generate(spec: RunSpec, reading: Reading) -> GenerateOptions:
+    assert reading.model is not None
+    return GenerateOptions(
+        model_folder=str(reading.model.folder),
+        model_id=reading.model_id or "",
+        model_revision=reading.model_revision or "",
+        weights_kind=reading.weights_kind or "",
+        device="cuda" if reading.uses_gpu else "cpu",
+        dtype=spec.dtype,
+        max_new_tokens=_max_new_tokens(spec, reading),
+        temperature=spec.temperature,
+        rows_per_batch=32 if reading.uses_gpu else 8,
+    )
+
+
+def _max_new_tokens(spec: RunSpec, reading: Reading) -> int:
+    own = reading.model.generation.max_new_tokens if reading.model else None
+    return spec.max_new_tokens or own or MAX_NEW_TOKENS
+
+
+def _decode_params(spec: RunSpec, reading: Reading) -> str:
+    if reading.model is None:
+        return "{}"
+    return canonical_json({"max_new_tokens": _max_new_tokens(spec, reading), "temperature": spec.temperature})
+
+
+def _page_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
+    own = reading.model.slicing if reading.model else SliceConfig()
+    return _with_choices(own, spec.downsample, spec.max_slices)
+
+
+def _clip_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
+    own = reading.model.slicing if reading.model else SliceConfig()
+    return _with_choices(own, spec.downsample, spec.video_max_slices)
+
+
+def _with_choices(own: SliceConfig, downsample: str | None, max_slices: int | None) -> SliceConfig:
+    chosen: dict[str, Any] = {}
+    if downsample:
+        chosen["downsample_mode"] = downsample
+    if max_slices:
+        chosen["max_slices"] = max_slices
+    return own.model_copy(update=chosen)
+
+
+def _temporal(spec: RunSpec) -> TemporalConfig:
+    return TemporalConfig(fps=spec.fps, max_num_frames=spec.max_frames, stack_frames=spec.stack_frames)

@@ -1,0 +1,93 @@
+"""The flows, top to bottom. What each step reads and adds is declared on its operator.
+
+::
+
+    sources --- PlanSources ---> units, written to the ledger
+
+    units of documents --- DecodeDocuments - PrepareImages ---.
+                                                              |--- Generate - ParseCompletions ---.
+    units of videos ------ DecodeClips ----- PrepareClips ----'                                   |
+                                                                  WriteRecords --- ReadPages -----'
+
+A dash joins steps of one worker; three dashes are a hand-over through the object store.
+"""
+
+from operators.decode.clips import DecodeClips
+from operators.decode.documents import DecodeDocuments
+from operators.parse.completions import ParseCompletions
+from operators.prepare import PrepareClips, PrepareImages
+from operators.read import ReadPages
+from operators.skip import SkipSegments
+from pipeline.config import FlowConfig
+from pipeline.planning import PlanSources, PlanSourcesConfig
+from pipeline.sink import WriteRecords
+from pipeline.step import Flow, Step
+from schemas.source import SOURCE
+
+DOCUMENT_HEAD = "documents"
+VIDEO_HEAD = "videos"
+
+
+def head_of(kind: str) -> str:
+    """Return the head that units of a kind go through."""
+    return VIDEO_HEAD if kind == "video" else DOCUMENT_HEAD
+
+
+def plan_flow(config: FlowConfig, run_uri: str | None) -> Flow:
+    """Sources to units: each file is hashed, recognised by content, and cut into page and time ranges."""
+    plan = PlanSourcesConfig(probe=config.probe, run_uri=run_uri, settings_digest=config.settings_digest)
+    return Flow(
+        heads={"sources": [Step(PlanSources, plan, workers=(1, config.decode_workers))]},
+        incoming=SOURCE,
+    )
+
+
+def record_flow(config: FlowConfig) -> Flow:
+    """Units to rows: documents and videos differ in their heads and share everything after."""
+    return Flow(
+        heads={DOCUMENT_HEAD: document_head(config), VIDEO_HEAD: video_head(config)},
+        trunk=record_trunk(config),
+    )
+
+
+def document_head(config: FlowConfig) -> list[Step]:
+    """Units of PDFs and images to one record a page."""
+    return [
+        Step(DecodeDocuments, config.documents, workers=(1, config.decode_workers), rows_per_batch=1),
+        Step(PrepareImages, config.prepare_pages, same_worker=True),
+    ]
+
+
+def video_head(config: FlowConfig) -> list[Step]:
+    """Units of videos to one record a segment."""
+    if config.skip_videos:
+        return [Step(SkipSegments, config.skip_videos, cpus=0.25)]
+    return [
+        Step(DecodeClips, config.videos, workers=(1, config.decode_workers), rows_per_batch=1),
+        Step(PrepareClips, config.prepare_clips, same_worker=True),
+    ]
+
+
+def record_trunk(config: FlowConfig) -> list[Step]:
+    """Records to committed rows: the model answers, answers are judged, the CPU engine reads what is left."""
+    judge = Step(ParseCompletions, config.parse, cpus=0.25, same_worker=config.generate is not None)
+    read = [Step(ReadPages, config.read, workers=(1, config.read_workers), rows_per_batch=4)] if config.read else []
+    return [*generate_step(config), judge, *read, Step(WriteRecords, config.write, cpus=0.25, rows_per_batch=32)]
+
+
+def generate_step(config: FlowConfig) -> list[Step]:
+    """The only step that needs a GPU; nothing when no model reads."""
+    if config.generate is None:
+        return []
+    from operators.generate import Generate, GenerateConfig
+
+    return [
+        Step(
+            Generate,
+            GenerateConfig.model_validate(config.generate.model_dump()),
+            cpus=1.0,
+            gpus=config.gpus_per_worker,
+            workers=(config.gpu_workers, config.gpu_workers),
+            rows_per_batch=config.record_rows,
+        )
+    ]

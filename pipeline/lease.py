@@ -1,0 +1,182 @@
+"""The lease that keeps two drivers off one run."""
+
+import json
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.storage import Storage
+from schemas.errors import ConfigError, PagereelError
+
+logger = logging.getLogger(__name__)
+
+LEASES = "ledger/leases"
+BEAT_SECONDS = 15.0
+STALE_SECONDS = 90.0
+"""Six missed beats: a driver that cannot write for so long cannot commit either."""
+
+
+class Holder(BaseModel):
+    """Who holds the run.
+
+    Attributes:
+        host: machine and process-id namespace, in which `pid` means something.
+        process_start: start time of the process in clock ticks, which tells a reused pid.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    owner: str
+    host: str
+    pid: int
+    process_start: str
+    beat_at: str
+    released: bool = False
+
+
+class Lease:
+    """Holds a run for one driver; use it as a context manager.
+
+    Each holder creates the next generation's file, which only one of several can do; the highest generation holds the
+    run. A holder writes a beat into its own file. A lease is free when it was released, when its process is gone from
+    this machine, or when no beat came for `stale_seconds`.
+
+    Args:
+        storage: where the run lives.
+        clock: the present time, in UTC.
+        stale_seconds: silence after which another driver may take over.
+        beat_seconds: time between beats; 0 leaves them to the caller of `beat`.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        clock: Callable[[], datetime],
+        stale_seconds: float = STALE_SECONDS,
+        beat_seconds: float = BEAT_SECONDS,
+    ) -> None:
+        self._storage = storage
+        self._clock = clock
+        self._stale_seconds = stale_seconds
+        self._beat_seconds = beat_seconds
+        self._owner = uuid.uuid4().hex
+        self._generation = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lost = False
+
+    def __enter__(self) -> "Lease":
+        self.acquire()
+        if self._beat_seconds > 0:
+            self._thread = threading.Thread(target=self._beat_until_stopped, name="lease", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take the run.
+
+        Raises:
+            ConfigError: another driver works on it, or won it a moment ago.
+        """
+        names = self._storage.list(LEASES)
+        if names:
+            holder = Holder.model_validate_json(self._storage.get(names[-1]))
+            if not self._is_free(holder):
+                raise ConfigError(
+                    f"{self._storage.uri} is being worked on by process {holder.pid} on {holder.host} "
+                    f"(last sign of life {holder.beat_at}); wait for it, or end it"
+                )
+        self._generation = _generation(names[-1]) + 1 if names else 1
+        if not self._storage.put_if_absent(self._name(), self._signed(released=False)):
+            raise ConfigError(f"{self._storage.uri} was taken by another driver at the same moment")
+        for name in names:
+            self._storage.delete(name)
+
+    def beat(self) -> None:
+        """Show a sign of life; sets `lost` when another driver has taken over."""
+        names = self._storage.list(LEASES)
+        if not names or _generation(names[-1]) != self._generation:
+            self.lost = True
+            return
+        self._storage.put(self._name(), self._signed(released=False))
+
+    def check(self) -> None:
+        """Raise when the run is no longer ours.
+
+        Raises:
+            ConfigError: another driver took over after a long silence of this one.
+        """
+        if self.lost:
+            raise ConfigError(f"{self._storage.uri} was taken over by another driver")
+
+    def release(self) -> None:
+        """Give the run back; the file stays, so that generations only grow."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if not self.lost and self._generation:
+            self._storage.put(self._name(), self._signed(released=True))
+        self._generation = 0
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stop.wait(self._beat_seconds):
+            try:
+                self.beat()
+            except PagereelError as error:
+                logger.warning("no beat this time: %s", error)
+
+    def _is_free(self, holder: Holder) -> bool:
+        if holder.released:
+            return True
+        if holder.host == _host() and _process_start(holder.pid) != holder.process_start:
+            return True
+        silence = (self._clock() - datetime.fromisoformat(holder.beat_at)).total_seconds()
+        return silence > self._stale_seconds
+
+    def _name(self) -> str:
+        return f"{LEASES}/{self._generation:08d}.json"
+
+    def _signed(self, *, released: bool) -> bytes:
+        holder = Holder(
+            owner=self._owner,
+            host=_host(),
+            pid=os.getpid(),
+            process_start=_process_start(os.getpid()),
+            beat_at=self._clock().isoformat(),
+            released=released,
+        )
+        return json.dumps(holder.model_dump()).encode()
+
+
+def _generation(name: str) -> int:
+    return int(name.rsplit("/", 1)[-1].removesuffix(".json"))
+
+
+def _host() -> str:
+    # Containers may share a host name, but not a process-id namespace.
+    try:
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _process_start(pid: int) -> str:
+    """Return the start time of a process in clock ticks since boot, empty where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return ""

@@ -1,0 +1,355 @@
+"""The plan: which units a run consists of, what it still owes, and which sources need not be probed again.
+
+One part file holds all units of a batch of probed sources. It is written in one step and so is its own commit. Where a
+source is planned again (it changed, the settings changed, or its failure may have passed) the newest part wins.
+Passwords are never written.
+"""
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from operators.base import require_columns
+from pipeline.key_index import KeySet, short_key
+from pipeline.ledger import Again, Clock, CommittedRecords, parquet_bytes, utc_now
+from pipeline.storage import Storage
+from schemas.errors import ContractError
+from schemas.ids import digest
+from schemas.source import SOURCE, UNIT
+from schemas.tables import CREATED_AT
+
+logger = logging.getLogger(__name__)
+
+PLAN: Final = "ledger/plan"
+SOURCES_AT_ONCE = 5000
+PARTS_KEPT = 4
+
+_LISTED = ("size_bytes", "version_tag")
+PLANNED_UNIT: Final = pa.schema(
+    [
+        *(item for item in UNIT if item.name != "password"),
+        *(SOURCE.field(name) for name in _LISTED),
+        pa.field("source_name", pa.binary(16)),
+        pa.field("source_version", pa.binary(16)),
+        pa.field("run_id", pa.string()),
+        pa.field("planned_at", CREATED_AT),
+    ]
+)
+"""A unit as it is kept: with what its source looked like when it was listed, without its password.
+
+`source_name` stands for uri, archive member, page ranges and time range as listed; `source_version` for size, version
+tag and the settings that shaped the units."""
+
+
+@dataclass
+class PlanCounts:
+    """What a plan holds; records are distinct, so a page of two equal files counts once."""
+
+    sources: int = 0
+    failed_sources: int = 0
+    units: int = 0
+    records: int = 0
+    records_by_kind: Counter[str] = field(default_factory=Counter)
+
+
+def write_plan_part(
+    storage: Storage,
+    units: pa.Table,
+    sources: pa.Table,
+    settings_digest: str,
+    run_id: str | None = None,
+    clock: Clock = utc_now,
+) -> str:
+    """Write all units of a batch of sources, in one step; return the name of the part.
+
+    Args:
+        storage: where the run lives.
+        units: UNIT rows; every source has at least one, those that cannot be opened have one with an error.
+        sources: the SOURCE rows that were probed.
+        settings_digest: digest of everything that shaped the units and their record keys.
+        run_id: the invocation that probed them.
+        clock: the present time, in UTC.
+
+    Raises:
+        ContractError: a column is missing, or a source has no unit.
+    """
+    require_columns(units, UNIT, "write_plan_part")
+    require_columns(sources, SOURCE, "write_plan_part")
+    places = {index: place for place, index in enumerate(sources["source_index"].to_pylist())}
+    owners = units["source_index"].to_pylist()
+    if set(owners) != set(places):
+        raise ContractError(f"units belong to sources {sorted(set(owners) ^ set(places))[:5]} that were not probed")
+    rows = pa.array([places[index] for index in owners], pa.int64())
+    table = units.drop_columns(["password"])
+    listed = sources.to_pylist()
+    columns = {
+        "source_name": pa.array([_source_name(row) for row in listed], pa.binary(16)).take(rows),
+        "source_version": pa.array([_source_version(row, settings_digest) for row in listed], pa.binary(16)).take(rows),
+        "run_id": pa.array([run_id] * len(owners), pa.string()),
+        "planned_at": pa.array([clock()] * len(owners), CREATED_AT),
+    }
+    for name in _LISTED:
+        columns[name] = sources[name].take(rows)
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    order = np.argsort(np.asarray(owners, dtype=np.int64), kind="stable")
+    table = table.select(PLANNED_UNIT.names).cast(PLANNED_UNIT).take(pa.array(order))
+    names = _part_names(storage)
+    number = _part_number(names[-1]) + 1 if names else 0
+    data = parquet_bytes(table)
+    name = f"{PLAN}/part-{number:06d}-{digest(data)[:12]}.parquet"
+    storage.put(name, data)
+    return name
+
+
+class PlanReader:
+    """The current units of a plan, in source order, in bounded memory.
+
+    Holds four bytes a source and a few part files.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.names = _part_names(storage)
+        self._kept: OrderedDict[int, pa.Table] = OrderedDict()
+        self._newest = self._newest_parts()
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        """Yield PLANNED_UNIT tables by ascending `source_index`; all units of a source are in one table."""
+        indexes = np.flatnonzero(self._newest >= 0)
+        for start in range(0, len(indexes), SOURCES_AT_ONCE):
+            yield self._units_of(indexes[start : start + SOURCES_AT_ONCE])
+
+    @property
+    def source_count(self) -> int:
+        """Number of sources."""
+        return int(np.count_nonzero(self._newest >= 0))
+
+    @property
+    def next_source_index(self) -> int:
+        """The smallest index above all planned ones."""
+        return len(self._newest)
+
+    def _newest_parts(self) -> npt.NDArray[np.int32]:
+        newest = np.empty(0, dtype=np.int32)
+        for number, name in enumerate(self.names):
+            with self._storage.open_input(name) as file:
+                indexes = pq.read_table(file, columns=["source_index"])["source_index"].to_numpy()
+            if len(indexes) and indexes.max() >= len(newest):
+                newest = np.pad(newest, (0, int(indexes.max()) + 1 - len(newest)), constant_values=-1)
+            newest[indexes] = number
+        return newest
+
+    def _units_of(self, indexes: npt.NDArray[np.int64]) -> pa.Table:
+        found = []
+        for number in np.unique(self._newest[indexes]).tolist():
+            part = self._part(number)
+            owners = part["source_index"].to_numpy()
+            current = (self._newest[owners] == number) & (owners >= indexes[0]) & (owners <= indexes[-1])
+            found.append(part.filter(pa.array(current)))
+        table = pa.concat_tables(found)
+        order = np.argsort(table["source_index"].to_numpy(), kind="stable")
+        return table.take(pa.array(order))
+
+    def _part(self, number: int) -> pa.Table:
+        if number not in self._kept:
+            with self._storage.open_input(self.names[number]) as file:
+                self._kept[number] = pq.read_table(file).cast(PLANNED_UNIT)
+            if len(self._kept) > PARTS_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
+
+
+def read_plan(storage: Storage) -> Iterator[pa.Table]:
+    """Yield the current units as UNIT tables (passwords null), by ascending `source_index`."""
+    for table in PlanReader(storage):
+        yield as_units(table)
+
+
+def as_units(planned: pa.Table, passwords: Mapping[int, str] | None = None) -> pa.Table:
+    """Return PLANNED_UNIT rows as UNIT rows.
+
+    Args:
+        planned: rows of the plan.
+        passwords: password of each source that has one, by `source_index`; they come from the listing.
+    """
+    known = passwords or {}
+    column = pa.array([known.get(index) for index in planned["source_index"].to_pylist()], pa.string())
+    return planned.append_column("password", column).select(UNIT.names).cast(UNIT)
+
+
+def owed_units(plan: Iterable[pa.Table], committed: CommittedRecords, again: Again | None = None) -> Iterator[pa.Table]:
+    """Yield what is still to be done, in the columns that came in.
+
+    Units with an error or without owed records are left out; in the others only the owed records stay. A record key
+    that several sources share (equal files) is owed by the first of them only.
+
+    Args:
+        plan: tables of units.
+        committed: what is done.
+        again: committed records that a later pass answers again.
+    """
+    seen = KeySet()
+    for table in plan:
+        healthy = table.filter(pc.is_null(table["error"]))
+        counts = _list_lengths(healthy["record_keys"])
+        keys = _flat(healthy["record_keys"]).to_pylist()
+        keep = committed.owed(keys, again)
+        places = np.flatnonzero(keep)
+        keep[places] = seen.add_all([keys[place] for place in places.tolist()])
+        owed = _keep_items(healthy, counts, keep)
+        if owed.num_rows:
+            yield owed
+
+
+def count_plan(plan: Iterable[pa.Table]) -> PlanCounts:
+    """Return what the plan holds."""
+    counts = PlanCounts()
+    seen = KeySet()
+    last_source = None
+    for table in plan:
+        columns = table.select(["source_index", "kind", "record_keys", "error"]).to_pydict()
+        for source, kind, keys, error in zip(*columns.values(), strict=True):
+            counts.sources += source != last_source
+            last_source = source
+            counts.units += 1
+            counts.failed_sources += error is not None
+            fresh = int(seen.add_all(keys or ()).sum())
+            counts.records += fresh
+            if fresh:
+                counts.records_by_kind[kind] += fresh
+    return counts
+
+
+class ListingCache:
+    """Tells which listed sources are planned already, so that they are not opened again.
+
+    A source is known by uri, archive member, page ranges and time range. It is planned when its newest part saw the
+    same size and version tag under the same settings, and met no error that may pass by itself.
+    """
+
+    def __init__(self, storage: Storage, settings_digest: str) -> None:
+        self._settings_digest = settings_digest
+        reader = PlanReader(storage)
+        self._next_index = reader.next_source_index
+        self._planned: dict[bytes, tuple[int, bytes | None]] = {}
+        for table in reader:
+            self._remember(table)
+        self._taken = {index for index, _ in self._planned.values()}
+
+    def __len__(self) -> int:
+        return len(self._planned)
+
+    def to_probe(self, listed: pa.Table) -> pa.Table:
+        """Return the SOURCE rows of `listed` that must be probed.
+
+        A source that was planned before keeps its index; a new one keeps the one of the listing unless another source
+        has it, then it gets the next free one.
+        """
+        fresh: list[dict[str, Any]] = []
+        for row in listed.to_pylist():
+            name, version = _source_name(row), _source_version(row, self._settings_digest)
+            known = self._planned.get(name)
+            if known is not None and known[1] == version:
+                continue
+            row["source_index"] = known[0] if known else self._free_index(row["source_index"])
+            self._planned[name] = (row["source_index"], version)
+            fresh.append(row)
+        return pa.Table.from_pylist(fresh, schema=listed.schema)
+
+    def passwords(self, listed: pa.Table) -> dict[int, str]:
+        """Return the passwords of listed sources by the `source_index` that they have in the plan."""
+        with_password = listed.filter(pc.is_valid(listed["password"]))
+        return {
+            self._planned[name][0]: row["password"]
+            for row in with_password.to_pylist()
+            if (name := _source_name(row)) in self._planned
+        }
+
+    def _remember(self, table: pa.Table) -> None:
+        for row in table.select(["source_index", "source_name", "source_version", "error"]).to_pylist():
+            retry = row["error"] is not None and row["error"]["retryable"]
+            self._planned[row["source_name"]] = (row["source_index"], None if retry else row["source_version"])
+
+    def _free_index(self, wanted: int) -> int:
+        index = wanted
+        if wanted in self._taken:
+            index = self._next_index
+        self._taken.add(index)
+        self._next_index = max(self._next_index, index + 1)
+        return index
+
+
+def _source_name(row: Mapping[str, Any]) -> bytes:
+    member = (row["source_ref"] or {}).get("member")
+    parts = (row["source_uri"], member, row["page_ranges"], row["start_seconds"], row["stop_seconds"])
+    return short_key(repr(parts))
+
+
+def _source_version(row: Mapping[str, Any], settings_digest: str) -> bytes:
+    return short_key(repr((row["size_bytes"], row["version_tag"], settings_digest)))
+
+
+def _keep_items(units: pa.Table, counts: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]) -> pa.Table:
+    """Return `units` with only the kept items in their parallel lists, and without those that keep none."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    kept_counts = np.bincount(owners[keep], minlength=len(counts))
+    mask = pa.array(keep)
+    for name in ("record_keys", "page_numbers", "segments"):
+        column = units[name].combine_chunks()
+        item_counts = _list_lengths(column)
+        if not item_counts.any():
+            continue
+        present = pc.is_valid(column).to_numpy(zero_copy_only=False)
+        if not np.array_equal(item_counts[present], counts[present]):
+            raise ContractError(f"{name} of a unit is not parallel to its record_keys")
+        lengths = np.where(present, kept_counts, 0)
+        items = _flat(column).filter(mask.filter(pa.array(np.repeat(present, counts))))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        lists = pa.ListArray.from_arrays(
+            pa.array(offsets), items.cast(column.type.value_type), type=column.type, mask=pa.array(~present)
+        )
+        units = units.set_column(units.schema.get_field_index(name), units.schema.field(name), lists)
+    return units.filter(pa.array(kept_counts > 0))
+
+
+def _list_lengths(column: Any) -> npt.NDArray[np.int64]:
+    lengths: npt.NDArray[np.int64] = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    return lengths
+
+
+def _flat(column: Any) -> Any:
+    flat = pc.list_flatten(column)
+    return flat.combine_chunks() if isinstance(flat, pa.ChunkedArray) else flat
+
+
+def _part_names(storage: Storage) -> list[str]:
+    return sorted((name for name in storage.list(PLAN) if name.endswith(".parquet")), key=_part_order)
+
+
+def _part_order(name: str) -> tuple[int, str]:
+    return _part_number(name), name
+
+
+def _part_number(name: str) -> int:
+    return int(name.rsplit("/", 1)[-1].split("-")[1])
+
+
+def unit_keys(units: pa.Table) -> list[str]:
+    """Return all record keys of `units`, in order."""
+    keys: list[str] = _flat(units["record_keys"]).to_pylist()
+    return keys
+
+
+def record_counts(units: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the number of records of each unit."""
+    return _list_lengths(units["record_keys"])

@@ -1,0 +1,203 @@
+import json
+import multiprocessing
+import os
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
+
+from operators.minicpmv import weights
+from operators.minicpmv.demo import demo_tokenizer, demo_weights, fill, write_demo_model
+from operators.minicpmv.model import load_network
+from operators.minicpmv.weights import hash_weights, locate_model, resolve_model
+from schemas.errors import ConfigError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PAGEREEL_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    write_demo_model(path)
+    return path
+
+
+def test_tensors_are_those_of_the_released_architecture(folder):
+    network = MiniCPMV4_6ForConditionalGeneration(AutoConfig.from_pretrained(folder))
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items() if name != "lm_head.weight"}
+    made = {name: value.shape for name, value in load_file(folder / "model.safetensors").items()}
+    assert made == wanted
+    assert sum(np.prod(shape) for shape in made.values()) == 705_960
+
+
+def test_weights_depend_on_their_names_alone():
+    first = fill("model.merger.mlp.0.linear_1.weight", (3, 4))
+    np.testing.assert_array_equal(first, fill("model.merger.mlp.0.linear_1.weight", (3, 4)))
+    np.testing.assert_allclose(first[0], [-0.34204683, 0.89139, 0.43044886, -0.55713564], rtol=1e-6)
+    assert not np.array_equal(first, fill("model.merger.mlp.0.linear_2.weight", (3, 4)))
+
+
+def test_two_makers_write_equal_files(tmp_path):
+    hashes = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_demo_model(tmp_path / name)
+        hashes.append(hash_weights(tmp_path / name))
+    assert hashes[0] == hashes[1]
+
+
+def test_the_tokenizer_has_one_token_a_byte():
+    tokenizer = demo_tokenizer()
+    assert tokenizer.get_vocab_size() == 269
+    text = "Ümläut 表 !"
+    ids = tokenizer.encode(text).ids
+    assert len(ids) == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_demo_is_made_once_and_marked(cache):
+    first = resolve_model("demo")
+    made_at = (first.folder / "model.safetensors").stat().st_mtime_ns
+    again = resolve_model("demo")
+    assert again == first
+    assert first.weights_kind == "demo_random"
+    assert first.folder.parent == cache
+    assert (first.folder / "model.safetensors").stat().st_mtime_ns == made_at
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".demo")] == []
+
+
+def resolve_in_child(cache):
+    os.environ["PAGEREEL_CACHE"] = str(cache)
+    return resolve_model("demo").revision
+
+
+def test_several_processes_may_make_it_at_once(cache):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        revisions = pool.map(resolve_in_child, [cache] * 3)
+    assert len(set(revisions)) == 1
+    assert len([path for path in cache.iterdir() if "demo" in path.name]) == 1
+
+
+def test_a_local_folder_is_hashed_over_its_bytes(folder, cache):
+    before = resolve_model(str(folder))
+    values = load_file(folder / "model.safetensors")
+    values["model.language_model.norm.weight"][0] += 1
+    save_file(values, folder / "model.safetensors", {"format": "pt"})
+    after = resolve_model(str(folder))
+    assert before.revision != after.revision
+    assert before.model_id == str(folder)
+
+
+def test_a_hash_is_remembered_until_the_file_changes(folder, cache, monkeypatch):
+    first = hash_weights(folder)
+    read = []
+    digest_file = weights.hashlib.file_digest
+    monkeypatch.setattr(weights.hashlib, "file_digest", lambda *a: read.append(1) or digest_file(*a))
+    assert hash_weights(folder) == first
+    assert read == []
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert hash_weights(folder) == first
+    assert len(read) == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PAGEREEL_CACHE", str(tmp_path / "file"))
+    assert len(hash_weights(folder)) == 64
+    with pytest.raises(ConfigError, match="cannot be written"):
+        resolve_model("demo")
+
+
+def test_unmarked_weights_are_local(folder, cache):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("pagereel_demo")
+    (folder / "config.json").write_text(json.dumps(config))
+    assert resolve_model(str(folder)).weights_kind == "local"
+
+
+def test_what_is_neither_folder_nor_hub_id_is_refused(cache):
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        resolve_model("/nowhere/at/all")
+
+
+def test_an_unreachable_hub_model_says_what_to_do(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ConfigError, match="--model demo") as caught:
+        resolve_model("openbmb/MiniCPM-V-4.6")
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_not_loaded(folder, cache):
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="safetensors"):
+        resolve_model(str(folder))
+
+
+def test_a_worker_takes_what_the_driver_found(folder, cache):
+    found = locate_model(str(folder), "openbmb/MiniCPM-V-4.6", "abc", "released")
+    assert (found.model_id, found.revision, found.weights_kind) == ("openbmb/MiniCPM-V-4.6", "abc", "released")
+    plain = locate_model(str(folder), None, None, None)
+    assert plain.revision == hash_weights(folder)
+    assert plain.weights_kind == "demo_random"
+
+
+def test_a_worker_without_the_folder_makes_the_demo_itself(cache):
+    driver = resolve_model("demo")
+    found = locate_model("/absent/here", "demo", driver.revision, "demo_random")
+    assert found == driver
+    with pytest.raises(ConfigError, match="revision"):
+        locate_model("/absent/here", "demo", "another", "demo_random")
+    with pytest.raises(ConfigError, match="does not exist"):
+        locate_model("/absent/here", None, None, None)
+
+
+def rewrite(folder, change):
+    values = load_file(folder / "model.safetensors")
+    save_file(change(values), folder / "model.safetensors", {"format": "pt"})
+
+
+def test_missing_and_foreign_tensors_are_listed(folder):
+    def change(values):
+        values.pop("model.merger.mlp.0.pre_norm.weight")
+        return values | {"model.stranger.weight": np.zeros(3, np.float32)}
+
+    rewrite(folder, change)
+    with pytest.raises(ConfigError, match=r"missing: model\.merger\.mlp\.0\.pre_norm\.weight.*model\.stranger\.weight"):
+        load_network(folder, torch.float32, "sdpa")
+
+
+def test_a_tensor_of_another_shape_is_refused(folder):
+    rewrite(folder, lambda values: values | {"model.language_model.norm.weight": np.zeros(3, np.float32)})
+    with pytest.raises(ConfigError, match=r"model\.language_model\.norm\.weight"):
+        load_network(folder, torch.float32, "sdpa")
+
+
+def test_names_of_older_files_and_unused_tensors_are_understood(folder):
+    def change(values):
+        renamed = {
+            name.replace("model.vision_tower.vit_merger.", "model.vit_merger.").replace("model.vision_tower.", "model.vpm."): value
+            for name, value in values.items()
+        }
+        return renamed | {"mtp.layers.0.weight": np.zeros(3, np.float32)}
+
+    wanted = {name: value.clone() for name, value in load_network(folder, torch.float32, "sdpa").state_dict().items()}
+    rewrite(folder, change)
+    found = load_network(folder, torch.float32, "sdpa").state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_weights_do_not_explode():
+    values = demo_weights(269, {"turn_end": 265})
+    assert all(np.isfinite(value).all() and np.abs(value).max() < 6 for value in values.values())
