@@ -36,11 +36,11 @@ $(VENV)/.done-dev: $(VENV)/.done-runtime
 	@touch $@
 
 demo: $(VENV)/.done-runtime ## Read the sample documents and videos into ./demo-run. Needs no GPU and no weights.
-	$(BIN)/pagereel ocr jobs/samples/documents -o $(DEMO)/ocr
+	$(BIN)/pagereel ocr jobs/samples/documents -o $(DEMO)/ocr --engine cpu
 	$(BIN)/pagereel parse jobs/samples/documents -o $(DEMO)/parse --model demo
 	$(BIN)/pagereel caption jobs/samples/videos -o $(DEMO)/caption --model demo
 	@echo
-	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. What the demo model wrote means nothing: its weights are random."
+	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. hindi.pdf is an error row in ocr: the CPU engine cannot read it."
 	@echo "Count:   $(BIN)/pagereel status $(DEMO)/ocr"
 	@echo "Load:    $(BIN)/python -c \"import pandas; print(pandas.read_parquet('$(DEMO)/ocr/pages'))\""
 	@echo "Again:   make demo resumes the same runs and computes nothing twice."

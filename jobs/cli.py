@@ -5,7 +5,6 @@ import os
 import sys
 from typing import Annotated, Any, TextIO
 
-import click
 import typer
 
 from jobs.display import JsonDisplay, LiveDisplay, PlainDisplay
@@ -16,6 +15,9 @@ from pipeline.spec import RunSpec, Task, make_spec
 from schemas.errors import ConfigError, PagereelError
 
 EXIT_DONE, EXIT_CONFIG, EXIT_INCOMPLETE, EXIT_ERROR_RATE = 0, 2, 3, 4
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""Typer carries its own copy of click, and exports of its errors only this one's children."""
 
 app = typer.Typer(
     name="pagereel",
@@ -169,11 +171,12 @@ def main() -> None:
     except ConfigError as error:
         _say(" ".join(str(error).split()))
         status = EXIT_CONFIG
-    except click.UsageError as error:
-        command_path = error.ctx.command_path if error.ctx else "pagereel"
-        _say(f"{' '.join(error.format_message().split())} (see {command_path} --help)")
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        message = getattr(error, "format_message", error.__str__)()
+        _say(f"{' '.join(message.split())} (see {context.command_path if context else 'pagereel'} --help)")
         status = EXIT_CONFIG
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _say("interrupted; the same command resumes")
         status = EXIT_INCOMPLETE
     except PagereelError as error:

@@ -126,14 +126,14 @@ def print_plan(report: PlanReport, *, as_json: bool) -> None:
     table.add_row("rows owed", f"{counts.records} ({_counts(dict(counts.records_by_kind))})")
     if report.passed_over:
         table.add_row("passed over", f"{report.passed_over} files that are no documents or videos by their names")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(_steps_table(report.steps))
 
 
 def _steps_table(steps: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(title="flow", title_justify="left", box=None, padding=(0, 2), header_style="dim")
-    for column in ("", "step", "reads", "adds", "workers", "CPUs", "GPUs", "rows a batch"):
+    for column in ("", "step", "reads columns", "adds columns", "workers", "CPUs", "GPUs", "rows a batch"):
         table.add_column(column)
     for part, rows in steps.items():
         for place, step in enumerate(rows):
@@ -141,8 +141,8 @@ def _steps_table(steps: dict[str, list[dict[str, Any]]]) -> Table:
             table.add_row(
                 "" if place else part,
                 step["step"],
-                f"{step['reads']} columns",
-                f"{step['adds']} columns",
+                str(step["reads"]),
+                str(step["adds"]),
                 workers,
                 "" if step["same_worker"] else f"{step['cpus']:g}",
                 f"{step['gpus']:g}" if step["gpus"] else "",

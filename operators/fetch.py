@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import random
+import re
 import stat
 import tarfile
 import tempfile
@@ -22,6 +23,7 @@ from schemas.errors import FetchError
 CHUNK_BYTES: Final = 8 * 1024 * 1024
 FORBIDDEN_STATUSES: Final = {401, 403, 407}
 MISSING_STATUSES: Final = {404, 410}
+QUERY: Final = re.compile(r"(?<=\w)\?[^\s'\")]+")
 
 
 class FetchConfig(OperatorConfig):
@@ -153,16 +155,33 @@ def with_retries(attempt: Callable[[], None], address: str, config: FetchConfig)
 
 def translated(error: Exception, address: str) -> FetchError:
     """Return the `FetchError` for a library's exception; retryable when it may have been in transit."""
-    status = getattr(error, "status", None)
-    if isinstance(error, FileNotFoundError | NotADirectoryError) or status in MISSING_STATUSES:
+    status = http_status(error)
+    if status in MISSING_STATUSES:
         code, retryable = "not_found", False
     elif isinstance(error, PermissionError) or status in FORBIDDEN_STATUSES:
         code, retryable = "forbidden", False
+    elif status is None and isinstance(error, FileNotFoundError | NotADirectoryError):
+        code, retryable = "not_found", False
     elif isinstance(error, ImportError | ValueError | NotImplementedError | IsADirectoryError):
         code, retryable = "unreadable", False
     else:
         code, retryable = "unreadable", True
-    return FetchError(f"{without_secrets(address)}: {type(error).__name__}: {error}", code=code, retryable=retryable)
+    message = f"{without_secrets(address)}: {type(error).__name__}: {QUERY.sub('', str(error))}"
+    return FetchError(message, code=code, retryable=retryable)
+
+
+def http_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an exception, or one that it was raised from, carries.
+
+    fsspec raises FileNotFoundError from whatever answer it got to its first look at a URL, 503 included.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        status = getattr(found, "status", None)
+        if isinstance(status, int):
+            return status
+        found = found.__cause__
+    return None
 
 
 def without_secrets(address: str) -> str:

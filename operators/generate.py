@@ -74,11 +74,11 @@ class Generate(Operator[GenerateConfig]):
         self.model_ref: ModelRef = locate_model(
             config.model_folder, config.model_id, config.model_revision, config.weights_kind
         )
-        device = choose_device(config.device)
+        self.device = choose_device(config.device)
         self._model = MiniCPMV46(
             self.model_ref.folder,
-            device=device,
-            dtype=choose_dtype(config.dtype, device),
+            device=self.device,
+            dtype=choose_dtype(config.dtype, self.device),
             attention=config.attention,
         )
         self._engine: BatchEngine[Visual, BatchState] = BatchEngine(
@@ -97,7 +97,7 @@ class Generate(Operator[GenerateConfig]):
 
     def process(self, table: pa.Table) -> pa.Table:
         """Return `table` with the answers of its records: same rows, same order."""
-        outcomes = self._outcomes(table)
+        outcomes = self.outcomes(table)
         answers = {row: self._answer(table, row, outcome) for row, outcome in outcomes.items()}
         columns: dict[str, list[Any]] = {}
         for name in GENERATION.names:
@@ -113,8 +113,8 @@ class Generate(Operator[GenerateConfig]):
         """Give the model's memory back."""
         self._engine.model.release_memory()
 
-    def _outcomes(self, table: pa.Table) -> dict[int, Outcome]:
-        """Return what became of each row that asks the model, by row."""
+    def outcomes(self, table: pa.Table) -> dict[int, Outcome]:
+        """Return what became of each row that asks the model, by row: its tokens, or its error."""
         began = time.perf_counter()
         outcomes: dict[int, Outcome] = {}
         requests: dict[int, Request[Visual]] = {}

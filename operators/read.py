@@ -6,9 +6,8 @@ and a page of which too much cannot be read becomes an error with code `abstaine
 
 import math
 import re
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -44,6 +43,8 @@ ADDS: Final = pa.schema(
     ]
 )  # fmt: skip
 
+Place = Callable[[NDArray[np.float32]], Box | None]
+
 _BULLET = re.compile(r"^\s*[•·●▪■◦‣∙○]\s*(?=\S)")
 _CJK = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\u3000-\u303f]")
 
@@ -61,6 +62,10 @@ class ReadPagesConfig(OperatorConfig):
     max_unread_share: Annotated[
         float, Field(ge=0, le=1, description="Share of text area that may be unread before the page is given up.")
     ] = 0.25
+
+    min_partial_share: Annotated[
+        float, Field(ge=0, le=1, description="Unread share that makes a page partial; specks and dashes stay below.")
+    ] = 0.005
 
 
 class ReadPages(Operator[ReadPagesConfig]):
@@ -87,26 +92,191 @@ class ReadPages(Operator[ReadPagesConfig]):
 
     def process(self, table: pa.Table) -> pa.Table:
         """Return `table` with the results of the rows that were read."""
-        rows = table.to_pylist()
-        results = [{**row, **self._read(row)} if _is_due(row) else row for row in rows]
+        rows = table.drop_columns(["pixels"]).to_pylist()
+        pixels = table.column("pixels")
+        results = []
+        for index, row in enumerate(rows):
+            if _is_due(row):
+                row |= self._read({**row, "pixels": pixels[index].as_py()})
+            results.append(row)
         return with_columns(table, {name: [row.get(name) for row in results] for name in ADDS.names}, ADDS)
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
-        made: dict[str, Any] = {"engine": "cpu", "weights_kind": "released", "model_id": MODEL_ID, "finish_reason": None}
         try:
-            image = page_image(row)
-            made |= self._result(row, image)
+            outcome = self._outcome(row)
         except GenerationError as error:
-            failure = error_struct(error, type(self).__name__)
-            made |= {"status": "failure", "text": None, "plain_text": None, "blocks": None, "error": failure}
-        return made | {"generate_ms": (time.perf_counter() - start) * 1000}
+            outcome = _failed(row, error, None)
+        engine = {"engine": "cpu", "weights_kind": "released", "model_id": MODEL_ID, "finish_reason": None}
+        return {**engine, **outcome, "generate_ms": (time.perf_counter() - start) * 1000}
 
-    def _result(self, row: dict[str, Any], image: NDArray[np.uint8]) -> dict[str, Any]:
+    def _outcome(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["task"] == "caption":
-            raise GenerationError(f"{row['record_key']}: the CPU engine reads text, it writes no captions", code="abstained")
+            raise _abstained(row, "this engine reads text and writes no captions")
+        image = page_image(row)
         lines = self._reader.read(image)
         kept = [line for line in lines if line.quality >= self.config.min_quality]
-        unread_share = _unread_share(lines, kept)
-        if not kept and not (has_text_lines(image) or unread_share):
+        if not lines:
+            if has_text_lines(image):
+                raise _abstained(row, "text stands in lines but none was found by the detector")
             return _blank(row)
+        share = unread_share(lines, kept)
+        if share > self.config.max_unread_share:
+            cause = _abstained(
+                row, f"{share:.0%} of the text area was not read ({len(kept)} of {len(lines)} lines were)"
+            )
+            return _failed(row, cause, _layout(lines, None)[1])
+        outcome = _succeeded(row, kept, image)
+        return (
+            outcome if share < self.config.min_partial_share else _partial(row, outcome, len(lines) - len(kept), share)
+        )
+
+
+def _is_due(row: dict[str, Any]) -> bool:
+    return row["route"] == "cpu" and row["error"] is None and row["status"] is None
+
+
+def page_image(row: dict[str, Any]) -> NDArray[np.uint8]:
+    """Return the image of a page from a row's `PIXELS` columns: (H, W, 3) uint8 RGB.
+
+    Raises:
+        GenerationError: there are no pixels, not exactly one image, or their size is not what the shapes say.
+    """
+    shapes = [(shape["height_px"], shape["width_px"], 3) for shape in row["slice_shapes"] or []]
+    grids = row["slice_grids"] or []
+    if row["pixels"] is None or len(grids) != 1 or len(shapes) != 1 + grids[0]["rows"] * grids[0]["cols"]:
+        found = f"{len(shapes)} slices of {len(grids)} images"
+        raise GenerationError(f"{row['record_key']}: wanted the slices of one page, found {found}", code="internal")
+    sizes = [math.prod(shape) for shape in shapes]
+    data = row["pixels"]
+    if row["pixel_encoding"] == "zstd":
+        data = pa.Codec("zstd").decompress(data, decompressed_size=sum(sizes))
+    flat = np.frombuffer(data, np.uint8)
+    if len(flat) != sum(sizes):
+        raise GenerationError(f"{row['record_key']}: {len(flat)} bytes for {sum(sizes)} of pixels", code="internal")
+    slices = [part.reshape(shape) for part, shape in zip(np.split(flat, np.cumsum(sizes)[:-1]), shapes, strict=True)]
+    cols = grids[0]["cols"]
+    if not cols:
+        return slices[0]
+    cells = slices[1:]
+    return np.concatenate([np.concatenate(cells[n : n + cols], axis=1) for n in range(0, len(cells), cols)])
+
+
+def unread_share(lines: Sequence[TextLine], kept: Sequence[TextLine]) -> float:
+    """Return the share of the area of `lines` that is not in `kept`."""
+    area = sum(line.area_px for line in lines)
+    return 1 - sum(line.area_px for line in kept) / area if area else 0.0
+
+
+def displayed_box(
+    polygon: NDArray[np.float32], image_height_px: int, image_width_px: int, row: dict[str, Any]
+) -> Box | None:
+    """Return the hull of `polygon` in PDF points of the displayed page, origin top-left; None without a page size.
+
+    Args:
+        polygon: (N, 2), x and y in pixels of the upright image.
+        image_height_px: height of the upright image, after turn and deskew.
+        image_width_px: its width.
+        row: `page_width_pt` and `page_height_pt` of the displayed page, and the `rotation` and `skew_degrees` that
+            were applied to it to make the image.
+    """
+    width, height = row["page_width_pt"], row["page_height_pt"]
+    if not width or not height:
+        return None
+    quarters, skew = (row["rotation"] or 0) // 90 % 4, row["skew_degrees"] or 0.0
+    turned_height, turned_width = (width, height) if quarters % 2 else (height, width)
+    canvas_height, canvas_width = hull_size(turned_height, turned_width, skew)
+    xs = polygon[:, 0] * canvas_width / image_width_px - canvas_width / 2
+    ys = polygon[:, 1] * canvas_height / image_height_px - canvas_height / 2
+    sine, cosine = math.sin(math.radians(skew)), math.cos(math.radians(skew))
+    xs, ys = xs * cosine - ys * sine, xs * sine + ys * cosine
+    for _ in range(quarters):
+        xs, ys = ys, -xs
+    xs, ys = np.clip(xs + width / 2, 0, width), np.clip(ys + height / 2, 0, height)
+    return Box(float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max()))
+
+
+def join_lines(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows of a paragraph as running text; rows of several cells stay rows."""
+    if any(len(row) > 1 for row in rows):
+        return "\n".join(" ".join(row) for row in rows)
+    text = ""
+    for (line,) in rows:
+        if not text or (_CJK.match(text[-1]) or _CJK.match(line[:1])):
+            text += line
+        elif re.search(r"[a-z]-$", text) and line[:1].islower():
+            text = text[:-1] + line
+        else:
+            text += " " + line
+    return text
+
+
+def _layout(lines: Sequence[TextLine], place: Place | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the blocks of `lines` in reading order, boxes given by `place(polygon)`, and their plain text."""
+    boxes = [Box(*line.polygon.min(axis=0).tolist(), *line.polygon.max(axis=0).tolist()) for line in lines]
+    items = {index for index, line in enumerate(lines) if _BULLET.match(line.text)}
+    blocks = [_block(group, lines, place) for group in group_lines(boxes, items)]
+    return blocks, "\n\n".join(block["text"] for block in blocks)
+
+
+def _block(group: Group, lines: Sequence[TextLine], place: Place | None) -> dict[str, Any]:
+    members = [lines[n] for row in group.rows for n in row]
+    text = join_lines([[lines[n].text.strip() for n in row] for row in group.rows])
+    bullet = _BULLET.match(text)
+    body = text[bullet.end() :] if bullet else text
+    label = "list_item" if bullet else "section_header" if group.is_header else "text"
+    box = place(np.concatenate([line.polygon for line in members])) if place else None
+    return {
+        "label": label,
+        "label_raw": "rapidocr",
+        "level": None,
+        "bbox": list(box) if box else None,
+        "text": f"• {body}" if bullet else body,
+        "markdown": {"list_item": "- ", "section_header": "## "}.get(label, "") + body,
+        "html": None,
+        "latex": None,
+        "score": _mean_score(members),
+        "parent": None,
+    }
+
+
+def _mean_score(lines: Sequence[TextLine]) -> float:
+    characters = sum(len(line.text) for line in lines)
+    return sum(line.score * len(line.text) for line in lines) / max(characters, 1)
+
+
+def _succeeded(row: dict[str, Any], lines: Sequence[TextLine], image: NDArray[np.uint8]) -> dict[str, Any]:
+    height, width = image.shape[:2]
+    blocks, plain_text = _layout(lines, lambda polygon: displayed_box(polygon, height, width, row))
+    is_parse = row["task"] == "parse"
+    return {
+        "status": "fallback" if row["raw_output"] is not None or row["recovered"] else "success",
+        "text": "\n\n".join(block["markdown"] for block in blocks),
+        "plain_text": plain_text,
+        "blocks": blocks if is_parse else None,
+        "parse_status": "ok" if is_parse else None,
+        "confidence": _mean_score(lines),
+    }
+
+
+def _partial(row: dict[str, Any], outcome: dict[str, Any], dropped: int, share: float) -> dict[str, Any]:
+    cause = _abstained(row, f"{dropped} lines were left out, {share:.0%} of the text area")
+    recovered = [*(row["recovered"] or []), error_struct(cause, ReadPages.__name__)]
+    status = "partial_success" if outcome["status"] == "success" else outcome["status"]
+    return {**outcome, "status": status, "recovered": recovered}
+
+
+def _blank(row: dict[str, Any]) -> dict[str, Any]:
+    is_parse = row["task"] == "parse"
+    blocks: list[dict[str, Any]] | None = [] if is_parse else None
+    parse_status = "ok" if is_parse else None
+    return {"status": "blank", "text": "", "plain_text": "", "blocks": blocks, "parse_status": parse_status}
+
+
+def _failed(row: dict[str, Any], error: GenerationError, read: str | None) -> dict[str, Any]:
+    raw_output = row["raw_output"] if row["raw_output"] is not None else read
+    return {"status": "failure", "raw_output": raw_output, "error": error_struct(error, ReadPages.__name__)}
+
+
+def _abstained(row: dict[str, Any], reason: str) -> GenerationError:
+    return GenerationError(f"{row['record_key']}: the CPU engine abstains: {reason}", code="abstained")

@@ -6,17 +6,22 @@ Boxes are `Box(left, top, right, bottom)` in pixels of the upright page, origin 
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 MIN_COLUMN_LINES: Final = 3
 MIN_COLUMN_ASPECT: Final = 6.0
 """Width of a column of text, in line heights; the columns of a table are mostly narrower, and are read row by row."""
+GUTTER_REACH: Final = 0.7
+"""How far a line may reach over a gutter without crossing it, in line heights."""
 MIN_FILLED_SHARE: Final = 0.55
 """Share of a column's lines that are nearly as wide as its widest."""
 HEADER_SIZE_RATIO: Final = 1.35
 """Height of a heading's lines in heights of the page's median line."""
-PARAGRAPH_GAP: Final = 0.7
-"""Gap between lines of one paragraph, at most, in line heights."""
+TIGHT_GAP: Final = 0.5
+LOOSE_GAP: Final = 1.3
+"""Gaps between lines of one paragraph, in line heights: always at the first, never beyond the second, and between the
+two where the region's lines are commonly that far apart."""
 
 
 class Box(NamedTuple):
@@ -129,8 +134,8 @@ def _gutters(boxes: Sequence[Box], lines: list[int], height: float) -> list[floa
 
 def _bands(boxes: Sequence[Box], lines: list[int], gutter: float) -> list[Band]:
     """Return the lines in bands, top to bottom: between the lines that cross the gutter there may be columns."""
-    crossing = sorted((n for n in lines if boxes[n].left < gutter < boxes[n].right), key=lambda n: boxes[n].top)
-    rest = [line for line in lines if not boxes[line].left < gutter < boxes[line].right]
+    crossing = sorted((n for n in lines if _crosses(boxes[n], gutter)), key=lambda n: boxes[n].top)
+    rest = [line for line in lines if not _crosses(boxes[line], gutter)]
     edges = [_middle(boxes[line]) for line in crossing]
     bands: list[Band] = []
     for index in range(len(crossing) + 1):
@@ -143,10 +148,16 @@ def _bands(boxes: Sequence[Box], lines: list[int], gutter: float) -> list[Band]:
     return bands
 
 
+def _crosses(box: Box, gutter: float) -> bool:
+    # Detected boxes are a little larger than the text, and reach into narrow gutters from both sides.
+    reach = GUTTER_REACH * box.height
+    return box.left < gutter - reach and box.right > gutter + reach
+
+
 def _split_band(boxes: Sequence[Box], lines: list[int], gutter: float, above: float, below: float) -> list[Band]:
     """Return the columns between two crossing lines, with what belongs to the lines above and below them apart."""
-    left = sorted((n for n in lines if boxes[n].right <= gutter), key=lambda n: boxes[n].top)
-    right = sorted((n for n in lines if boxes[n].left >= gutter), key=lambda n: boxes[n].top)
+    left = sorted((n for n in lines if boxes[n].left + boxes[n].right <= 2 * gutter), key=lambda n: boxes[n].top)
+    right = sorted((n for n in lines if boxes[n].left + boxes[n].right > 2 * gutter), key=lambda n: boxes[n].top)
     head: list[int] = []
     tail: list[int] = []
     if left and right:
@@ -225,36 +236,39 @@ def _paragraphs(
     left = min(boxes[line].left for line in region)
     right = max(boxes[line].right for line in region)
     groups: list[list[list[int]]] = []
+    gap = _common_gap([_widest(boxes, row) for row in rows])
     for row in rows:
         group = groups[-1] if groups else []
         # The first continuation line of a list item hangs: it is indented, and begins nothing.
         hangs = len(group) == 1 and group[0][0] in item_lines
         goes_on = group and row[0] not in item_lines
-        if goes_on and _continues(_hull(boxes, group[-1]), _hull(boxes, row), left, right, hangs):
+        if goes_on and _continues(_widest(boxes, group[-1]), _widest(boxes, row), left, right, hangs, gap):
             group.append(row)
         else:
             groups.append([row])
     return [_group(boxes, group, page_height) for group in groups]
 
 
-def _continues(previous: Box, row: Box, left: float, right: float, hangs: bool) -> bool:
+def _continues(previous: Box, row: Box, left: float, right: float, hangs: bool, gap: float) -> bool:
     """Return whether `row` goes on with the paragraph whose last row is `previous`, in a column `left` to `right`."""
     height = min(previous.height, row.height)
-    if max(previous.height, row.height) > 1.4 * height or row.top - previous.bottom > PARAGRAPH_GAP * height:
+    widest_gap = max(TIGHT_GAP * height, min(1.3 * gap, LOOSE_GAP * height))
+    if max(previous.height, row.height) > 1.4 * height or row.top - previous.bottom > widest_gap:
         return False
     indented = not hangs and row.left - previous.left > 0.6 * height
     ended_early = previous.right < right - 0.3 * (right - left)
     return not indented and not ended_early
 
 
-def _hull(boxes: Sequence[Box], lines: Sequence[int]) -> Box:
-    found = [boxes[line] for line in lines]
-    return Box(
-        min(box.left for box in found),
-        min(box.top for box in found),
-        max(box.right for box in found),
-        max(box.bottom for box in found),
-    )
+def _common_gap(rows: Sequence[Box]) -> float:
+    """Return the median gap between rows in pixels, without those that follow a short last row."""
+    gaps = [below.top - above.bottom for above, below in pairwise(rows)]
+    return max(0.0, statistics.median(gaps)) if gaps else 0.0
+
+
+def _widest(boxes: Sequence[Box], row: list[int]) -> Box:
+    """Return the box that stands for a row; what stands beside it in the margin does not indent it."""
+    return max((boxes[line] for line in row), key=lambda box: box.width)
 
 
 def _group(boxes: Sequence[Box], rows: list[list[int]], page_height: float) -> Group:

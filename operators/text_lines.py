@@ -6,6 +6,7 @@ Legend: H, W are the height and width of an image in pixels.
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import cv2
@@ -29,8 +30,10 @@ REACH_COLUMNS: Final = 4
 """How far to either side of a character its own ink reaches: two thirds of a line's height."""
 SURE_SCORE: Final = 0.95
 """Seen: lines of clean Latin and Chinese print 0.96 and more, Cyrillic read as Latin 0.75 to 0.88."""
-WORD_GAP: Final = 0.17
-"""Least white space between words, in line heights."""
+WORD_GAP: Final = 0.16
+"""Least white space between words, in line heights; in a line that was read with spaces, nearly as much as they have."""
+GUTTER_GAP: Final = 1.2
+"""Least white space, in line heights, that parts two columns which the detector took for one line."""
 
 _WORD = re.compile(r"[^\W_]{3,}")
 _CHANGES_CASE = re.compile(r"[a-z]{1}[A-Z]")
@@ -94,14 +97,18 @@ class LineReader:
     def read(self, image: Image) -> list[TextLine]:
         """Return the lines of `image`, (H, W, 3) uint8 RGB, in no particular order."""
         picture = np.ascontiguousarray(image[:, :, ::-1])
-        polygons = self._find(picture)
-        if not polygons:
+        found = self._find(picture)
+        if not found:
             return []
+        whole = self._engine.get_crop_img_list(picture, found)
+        polygons = [
+            part for polygon, crop in zip(found, whole, strict=True) for part in split_at_gutters(polygon, crop)
+        ]
         crops = self._engine.get_crop_img_list(picture, polygons)
         readings, _ = self._engine.text_rec(crops, return_word_box=True)
-        return [
-            _judged(polygon, crop, reading) for polygon, crop, reading in zip(polygons, crops, readings, strict=True)
-        ]
+        judged = [_judged(*found) for found in zip(polygons, crops, readings, strict=True)]
+        # The detector now and then marks an empty place: no ink, no text.
+        return [line for line in judged if line.text.strip() or line.unread_share > 0]
 
     def _find(self, picture: Image) -> list[Polygon]:
         height, width = picture.shape[:2]
@@ -121,7 +128,8 @@ class LineReader:
         boxes, _ = self._engine.text_det(cv2.resize(picture, size, interpolation=method) if scale != 1 else picture)
         if boxes is None:
             return []
-        return [np.asarray(box, np.float32) * np.float32([width / size[0], height / size[1]]) for box in boxes]
+        ratio = np.array([width / size[0], height / size[1]], np.float32)
+        return [np.asarray(box, np.float32) * ratio for box in boxes]
 
 
 def _detect_scale(height: int, width: int, detect_side_px: int) -> float:
@@ -136,34 +144,64 @@ def _windows(height: int, width: int) -> list[tuple[int, int, float, float]]:
     side, overlap = round(WINDOW_ASPECT * width), round(WINDOW_OVERLAP * width)
     count = math.ceil((height - overlap) / (side - overlap))
     tops = [round(n * (height - side) / (count - 1)) for n in range(count)]
-    cuts = [-math.inf, *((above + side + top) / 2 for above, top in zip(tops, tops[1:], strict=False)), math.inf]
+    cuts = [-math.inf, *((above + side + top) / 2 for above, top in pairwise(tops)), math.inf]
     return [(top, top + side, cuts[n], cuts[n + 1]) for n, top in enumerate(tops)]
+
+
+def split_at_gutters(polygon: Polygon, crop: Image) -> list[Polygon]:
+    """Return `polygon`, cut wherever its line `crop` shows a gap as wide as a gutter between two pieces of text.
+
+    Args:
+        polygon: (4, 2), corners clockwise from the top left.
+        crop: (H, W, 3) uint8, what the polygon encloses, level.
+    """
+    height, width = crop.shape[:2]
+    inked = np.flatnonzero(_ink_counts(crop) > 0)
+    if width < 4 * height or len(inked) < 2:
+        return [polygon]
+    gaps = np.diff(inked)
+    # A bullet is nearer to its item than to a column of its own.
+    cuts = [
+        (inked[n] + inked[n + 1]) / 2 / width
+        for n in np.flatnonzero(gaps > GUTTER_GAP * height)
+        if inked[n] - inked[0] > height and inked[-1] - inked[n + 1] > height
+    ]
+    shares = [0.0, *cuts, 1.0]
+    top, bottom = (polygon[0], polygon[1]), (polygon[3], polygon[2])
+    return [
+        np.array([_between(*top, a), _between(*top, b), _between(*bottom, b), _between(*bottom, a)], np.float32)
+        for a, b in pairwise(shares)
+    ]
+
+
+def _between(start: Polygon, stop: Polygon, share: float) -> Polygon:
+    return np.asarray(start + (stop - start) * share, np.float32)
 
 
 def _judged(polygon: Polygon, crop: Image, reading: tuple[str, float, list[Any]]) -> TextLine:
     text, score, (_, _, word_columns, _, _) = reading
     columns = [column for word in word_columns for column in word]
-    ink = _ink_columns(crop)
+    counts = _ink_counts(crop)
+    # One pixel in a column is a speck, or the blur of a neighbour: it needs no character to explain it.
+    ink = counts > 1
     px_per_column = COLUMN_PX * crop.shape[0] / LINE_HEIGHT_PX
     return TextLine(
         polygon=polygon,
-        text=with_spaces(text, [(column + 0.5) * px_per_column for column in columns], ink, crop.shape[0]),
+        text=with_spaces(text, [(column + 0.5) * px_per_column for column in columns], counts > 0, crop.shape[0]),
         score=float(score),
         unread_share=_unread_share(columns, ink, px_per_column),
         odd_share=odd_word_share(text),
     )
 
 
-def _ink_columns(crop: Image) -> NDArray[np.bool_]:
-    """Return for each pixel column of a line whether it holds ink; rules above and below the text are left out."""
+def _ink_counts(crop: Image) -> NDArray[np.int64]:
+    """Return the number of inked pixels in each pixel column of a line; rules along the text are left out."""
     gray = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)
     _, mask = cv2.threshold(gray, 0, 1, cv2.THRESH_BINARY_INV + cv2.THRESH_OTSU)
     if mask.mean() > 0.5:
         mask = 1 - mask
     ruled = mask.mean(axis=1) > 0.8
-    counts: NDArray[np.int64] = mask[~ruled].sum(axis=0)
-    # One pixel in a column is a speck, or the blur of a neighbour.
-    return counts > 1
+    return np.asarray(mask[~ruled].sum(axis=0), np.int64)
 
 
 def _unread_share(columns: list[int], ink: NDArray[np.bool_], px_per_column: float) -> float:
@@ -186,24 +224,32 @@ def with_spaces(text: str, centres_px: list[float], ink: NDArray[np.bool_], heig
         ink: (W,) bool, the pixel columns that hold ink.
         height_px: height of the line.
     """
+    gaps = [_widest_gap(ink[int(before) : int(after) + 1]) for before, after in pairwise(centres_px)]
+    spaces = [
+        _widest_gap(ink[int(centres_px[n - 1]) : int(centres_px[n + 1]) + 1])
+        for n in range(1, len(text) - 1)
+        if text[n] == " "
+    ]
+    least = max(WORD_GAP * height_px, 0.8 * float(np.median(spaces)) if spaces else 0.0)
     pieces = list(text[:1])
-    for index in range(1, len(text)):
-        before, after = text[index - 1], text[index]
-        if _LATIN.match(before + "") or before in ",.;:!?)":
-            start, stop = int(centres_px[index - 1]), int(centres_px[index]) + 1
-            if _takes_space(before, after) and _longest_gap(ink[start:stop]) >= WORD_GAP * height_px:
-                pieces.append(" ")
+    for gap, before, after in zip(gaps, text, text[1:], strict=False):
+        if gap >= least and _may_part(before, after):
+            pieces.append(" ")
         pieces.append(after)
     return "".join(pieces)
 
 
-def _takes_space(before: str, after: str) -> bool:
-    return before != " " and bool(_LATIN.match(after)) and not (before in ".:" and after.islower())
+def _may_part(before: str, after: str) -> bool:
+    """Return whether a word may end with `before` and another begin with `after`."""
+    ends = _LATIN.match(before) or before.isdigit() or before in ",.;:!?)"
+    begins = _LATIN.match(after) or (after.isdigit() and not before.isdigit()) or after == "("
+    return bool(ends and begins)
 
 
-def _longest_gap(ink: NDArray[np.bool_]) -> int:
-    inked = np.flatnonzero(np.concatenate(([True], ink, [True])))
-    return int(np.diff(inked).max()) - 1
+def _widest_gap(ink: NDArray[np.bool_]) -> int:
+    """Return the widest run without ink that has ink on both sides."""
+    inked = np.flatnonzero(ink)
+    return int(np.diff(inked).max()) - 1 if len(inked) > 1 else 0
 
 
 def odd_word_share(text: str) -> float:
@@ -221,8 +267,7 @@ def odd_word_share(text: str) -> float:
 
 def _is_odd(word: str) -> bool:
     return bool(
-        len(_CHANGES_CASE.findall(word)) > 0
-        and not _is_camel_case(word)
+        (len(_CHANGES_CASE.findall(word)) > 0 and not _is_camel_case(word))
         or _DIGIT_INSIDE.search(word)
         or _CONSONANTS.search(word)
         or (_NOT_LATIN.search(word) and _LATIN.search(word))

@@ -6,8 +6,10 @@ from typing import Any, Final
 import pyarrow as pa
 
 from operators.base import rows_to_table
+from pipeline.rows import FAILED_STATUSES
 from schemas.source import SOURCE_FACTS
 from schemas.tables import DOCUMENTS
+from schemas.vocabulary import QUIET_STATUSES
 
 COUNT_OF_STATUS: Final = {
     "success": "success_count",
@@ -124,11 +126,11 @@ class _Source:
         found = {status for status in self.statuses if status is not None}
         if len(found) == 1:
             return next(iter(found))
-        if found <= {"success", "blank"}:
+        if not found:
+            return "skipped"
+        if found <= set(QUIET_STATUSES):
             return "success"
-        if found <= {"failure", "truncated", "repetition"}:
-            return "failure" if found else "skipped"
-        return "partial_success"
+        return "failure" if found <= set(FAILED_STATUSES) else "partial_success"
 
     def _assembled(self) -> dict[str, Any]:
         if not self.texts:

@@ -100,7 +100,7 @@ def write_plan_part(
         columns[name] = sources[name].take(rows)
     for name, column in columns.items():
         table = table.append_column(name, column)
-    order = np.argsort(np.asarray(owners, dtype=np.int64), kind="stable")
+    order = np.lexsort((_first_places(units), np.asarray(owners, dtype=np.int64)))
     table = table.select(PLANNED_UNIT.names).cast(PLANNED_UNIT).take(pa.array(order))
     names = _part_names(storage)
     number = _part_number(names[-1]) + 1 if names else 0
@@ -297,6 +297,16 @@ def _source_name(row: Mapping[str, Any]) -> bytes:
 
 def _source_version(row: Mapping[str, Any], settings_digest: str) -> bytes:
     return short_key(repr((row["size_bytes"], row["version_tag"], settings_digest)))
+
+
+def _first_places(units: pa.Table) -> npt.NDArray[np.int64]:
+    """Return the first page number or segment index of each unit, 0 where it has none."""
+    columns = units.select(["page_numbers", "segments"]).to_pydict()
+    firsts = [
+        min(pages) if pages else min(segment["segment_index"] for segment in segments) if segments else 0
+        for pages, segments in zip(*columns.values(), strict=True)
+    ]
+    return np.asarray(firsts, dtype=np.int64)
 
 
 def _keep_items(units: pa.Table, counts: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]) -> pa.Table:

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST: Final = "_PUBLISHED.json"
 RUN_ROWS: Final = "ledger/runs"
-RECORDS_AT_ONCE: Final = 4000
-CACHE_BYTES: Final = 256 * 2**20
+RECORDS_AT_ONCE: Final = 2000
+CACHE_BYTES: Final = 64 * 2**20
 
 _VIDEO_FACTS: Final = {
     "video_duration_seconds": "duration_seconds",
@@ -164,7 +164,7 @@ def publish(
 def published_tables(storage: Storage, manifest: Manifest, table_name: str, columns: list[str]) -> Iterator[pa.Table]:
     """Yield `columns` of a published table, one row group at a time."""
     for file in manifest.tables[table_name]:
-        with storage.open_input(file.path) as source:
+        with storage.open_input(file.path, ranges=True) as source:
             parquet = pq.ParquetFile(source)
             for group in range(parquet.num_row_groups):
                 yield parquet.read_row_group(group, columns=columns)
@@ -209,7 +209,8 @@ class _Publication:
         self._tally.add(units, keys, rows["pages"][0], rows["video_segments"][0])
         for name, (table, places) in rows.items():
             new = fresh[places]
-            table, places = table.filter(pa.array(new)), places[new]
+            if not new.all():
+                table, places = table.filter(pa.array(new)), places[new]
             if name == "video_segments":
                 table = _with_video_facts(table, units, owners[places])
             if name == "errors":
@@ -230,9 +231,12 @@ class _Publication:
         for part, keys in wanted.items():
             table = self._parts.get(table_name, part)
             if table is not None:
-                found.append(table.filter(pc.is_in(table["record_key"], value_set=pa.array(keys, pa.string()))))
+                wanted_rows = pc.is_in(table["record_key"], value_set=pa.array(keys, pa.string()))
+                found.append(table if pc.all(wanted_rows).as_py() else table.filter(wanted_rows))
         rows = pa.concat_tables(found)
         places = np.array([first_place[key] for key in rows["record_key"].to_pylist()], dtype=np.int64)
+        if (places[1:] >= places[:-1]).all():
+            return rows, places
         order = np.argsort(places, kind="stable")
         return rows.take(pa.array(order)), places[order]
 
@@ -262,7 +266,9 @@ class PartCache:
             return None
         if name not in self._kept:
             with self._storage.open_input(name) as file:
-                table = pq.read_table(file).select(TABLES[table_name].names).cast(TABLES[table_name])
+                # Parts are small: threads would cost more than they give.
+                table = pq.ParquetFile(file).read(columns=TABLES[table_name].names, use_threads=False)
+            table = table.cast(TABLES[table_name])
             self._kept[name] = table
             self._bytes += table.nbytes
             while self._bytes > CACHE_BYTES and len(self._kept) > 1:

@@ -282,6 +282,8 @@ class _Run:
         self.seconds["plan"] = time.perf_counter() - began
 
     def _config(self) -> FlowConfig:
+        if self.reading.uses_gpu and not self.executor.gpu_count():
+            raise ConfigError(f"no GPU is in the cluster at {self.spec.address}: use --device cpu or --engine cpu")
         return compose(
             self.spec,
             self.reading,

@@ -46,6 +46,7 @@ SUMMARY: Final = pa.schema(
         pa.field("error_code", pa.string()),
         *(pa.field(name, pa.int32()) for name in TOKEN_COLUMNS),
         pa.field("generate_ms", pa.float32()),
+        pa.field("frame_count_sampled", pa.int32()),
         pa.field("text_bytes", pa.int64()),
         pa.field("block_count", pa.int32()),
         pa.field("part_id", pa.string()),
@@ -91,6 +92,9 @@ class WriteRecords(Operator[WriteRecordsConfig]):
         """Return SUMMARY rows for `table`, once its rows are committed."""
         wanted = [name for name in table.column_names if name not in UNREAD]
         records = table.select(wanted).to_pylist()
+        for record in records:
+            if record["record_key"] is None or record["unit_id"] is None:
+                raise ContractError(f"a record of {record['source_uri']} has no key or no unit")
         once = list({record["record_key"]: record for record in reversed(records)}.values())[::-1]
         part_id = self._ledger.begin([record["record_key"] for record in once])
         tables = tables_of(once, self._context())
@@ -130,8 +134,6 @@ def tables_of(records: list[dict[str, Any]], context: RowContext) -> dict[str, p
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in PART_TABLES}
     for record in records:
-        if record["record_key"] is None or record["unit_id"] is None:
-            raise ContractError(f"a record of {record['source_uri']} has no key or no unit")
         order = {"source_index": record["source_index"]}
         if is_video(record):
             rows["video_segments"].append(order | segment_row(record, context))

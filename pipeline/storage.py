@@ -1,5 +1,6 @@
 """Where a run lives: files of a local folder or of any fsspec store, each written whole or not at all."""
 
+import errno
 import logging
 import os
 import uuid
@@ -143,10 +144,18 @@ class Storage:
         except OSError as error:
             raise TransientError(f"cannot remove {self.uri}/{name}: {_one_line(error)}") from error
 
-    def open_input(self, name: str) -> pa.NativeFile:
-        """Return the content of `name` as a random-access Arrow file; locally it is not read into memory at once."""
+    def open_input(self, name: str, *, ranges: bool = False) -> pa.NativeFile:
+        """Return the content of `name` as a random-access Arrow file.
+
+        Args:
+            name: what to open.
+            ranges: True fetches from an object store only what is read, which suits a few columns of a large file;
+                False fetches a small file in one request.
+        """
         if self.is_local:
             return pa.OSFile(self.path(name))
+        if ranges:
+            return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"))
         return pa.BufferReader(self.get(name))
 
     def delete_temporaries(self) -> int:
@@ -216,11 +225,24 @@ def _publish_local(path: str, data: bytes, *, replace: bool) -> None:
         if replace:
             os.replace(temporary, path)
         else:
-            os.link(temporary, path)
+            _link_or_create(temporary, path, data)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
     _sync_folder(folder)
+
+
+def _link_or_create(temporary: str, path: str, data: bytes) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        # Some network file systems have no hard links. Creation is exclusive there too, but a kill may leave it short.
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: str) -> None:

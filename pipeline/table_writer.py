@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from pipeline.storage import Storage
 from schemas.tables import TABLES, check_vocabulary
 
-ROW_GROUP_BYTES: Final = 64 * 2**20
+ROW_GROUP_BYTES: Final = 32 * 2**20
 ROW_GROUP_ROWS: Final = 20_000
 FILE_BYTES: Final = 256 * 2**20
 FILE_ROWS: Final = 100_000
@@ -82,7 +82,7 @@ class TableWriter:
     def _write_row_group(self) -> None:
         if not self._held:
             return
-        self._open_writer().write_table(pa.concat_tables(self._held).combine_chunks(), row_group_size=2**31 - 1)
+        self._open_writer().write_table(pa.concat_tables(self._held), row_group_size=2**31 - 1)
         self._file_rows += self._held_rows
         self._file_bytes += self._held_bytes
         self._held, self._held_rows, self._held_bytes = [], 0, 0

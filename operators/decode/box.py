@@ -4,6 +4,8 @@ import contextlib
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from schemas.errors import DecodeError, RecordError
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "VIRTUAL_ENV", "LANG", "LC_ALL")
 ENDED_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 CLOSE_SECONDS = 5.0
+REST_OF_MESSAGE_SECONDS = 20
 
 
 class BoxLimits(OperatorConfig):
@@ -193,6 +196,7 @@ def start_child(limits: BoxLimits) -> _Child:
     whose main module a spawned child would import.
     """
     parent_end, child_end = Pipe()
+    bound_reads(parent_end)
     with child_end:
         process = subprocess.Popen(
             [sys.executable, "-m", "operators.decode.child", str(child_end.fileno()), limits.model_dump_json()],
@@ -204,6 +208,12 @@ def start_child(limits: BoxLimits) -> _Child:
             env=child_environment(),
         )
     return _Child(process, parent_end)
+
+
+def bound_reads(connection: Connection) -> None:
+    """Make a read fail that waits too long for the rest of a message: a child may stop, or be stopped, within one."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", REST_OF_MESSAGE_SECONDS, 0))
 
 
 def child_environment() -> dict[str, str]:

@@ -24,13 +24,25 @@ from schemas.errors import DecodeError, RecordError
 IDLE_CHECK_SECONDS = 30.0
 
 
+class PipeError(Exception):
+    """The pipe to the parent is of no more use."""
+
+
 def send_message(connection: Connection, kind: str, value: Any) -> None:
-    """Send one message; buffers of arrays and bytes inside `value` follow it uncopied."""
+    """Send one message; the memory of arrays inside `value` follows it uncopied.
+
+    Raises:
+        PipeError: part of the message may have gone out; nothing after it could be understood.
+    """
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps((kind, value), protocol=5, buffer_callback=buffers.append)
-    connection.send_bytes(pickle.dumps((data, len(buffers))))
-    for buffer in buffers:
-        connection.send_bytes(buffer.raw())
+    parts = [buffer.raw() for buffer in buffers]
+    try:
+        connection.send_bytes(pickle.dumps((data, len(parts))))
+        for part in parts:
+            connection.send_bytes(part)
+    except OSError as error:
+        raise PipeError(str(error)) from error
 
 
 def receive_message(connection: Connection) -> tuple[str, Any]:
@@ -115,7 +127,7 @@ def run_call(connection: Connection, call: tuple[str, dict[str, Any], float, flo
             # The frame would keep the last item alive while the next one is made.
             del item
             timeout_seconds = next_timeout_seconds
-    except (BrokenPipeError, ConnectionResetError):
+    except PipeError:
         raise
     except BaseException as error:
         arm(0)
@@ -154,7 +166,7 @@ def main() -> None:
     apply_limits(limits)
     try:
         serve(connection, limits)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+    except (EOFError, OSError, PipeError):
         return
 
 

@@ -3,6 +3,7 @@
 Runs in the decoder's process. Seconds are presentation times from the start of the stream.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ MAGICS: Final = (
 SCAN_FROM_START_BYTES: Final = 256_000_000
 """A file without a complete index is read from its start, to number its frames, when that costs no more than this."""
 
+REORDERED_PACKETS: Final = 32
+"""More than any codec sends ahead of a frame that is shown before them."""
+
 BACK_OFF_SECONDS: Final = (0.0, 5.0, 30.0, 180.0)
 """How far before a time a seek is aimed, one after the other, until it lands before that time."""
 
@@ -53,6 +57,7 @@ class OpenVideo:
         stream: PyAV's video stream.
         note: which of several video streams was taken.
         limits: bounds it was opened with.
+        start_ticks: presentation time of the first frame, on the stream's own clock.
     """
 
     path: str
@@ -60,16 +65,12 @@ class OpenVideo:
     stream: Any
     note: str | None
     limits: VideoLimits
+    start_ticks: int
 
     @property
     def tick_seconds(self) -> float:
         """Resolution of the stream's clock."""
         return float(self.stream.time_base)
-
-    @property
-    def start_ticks(self) -> int:
-        """Presentation time of the first frame, on the stream's own clock."""
-        return int(self.stream.start_time or 0)
 
     @property
     def frame_rate(self) -> float:
@@ -118,7 +119,24 @@ def open_video(path: str, limits: VideoLimits) -> OpenVideo:
     # One thread a worker is the unit of parallelism, and frame threads would hold many frames.
     stream.codec_context.thread_count = 1
     stream.codec_context.options = {"max_pixels": str(limits.max_frame_pixels)}
-    return OpenVideo(path, container, stream, note, limits)
+    return OpenVideo(path, container, stream, note, limits, first_ticks(container, stream))
+
+
+def first_ticks(container: Any, stream: Any) -> int:
+    """Return the presentation time of the first frame.
+
+    AVI has decoding times only: with reordered pictures the first one is shown some ticks after the header's start.
+    """
+    start = int(stream.start_time or 0)
+    if container.format.name != "avi":
+        return start
+    try:
+        head = itertools.islice(container.demux(stream), REORDERED_PACKETS)
+        start = min((packet.pts for packet in head if packet.pts is not None), default=start)
+        container.seek(0)
+    except av.error.FFmpegError as error:
+        logger.debug("the start of the stream cannot be read: %s", error)
+    return start
 
 
 def error_text(error: BaseException) -> str:
@@ -168,6 +186,7 @@ class PacketIndex:
     Attributes:
         ticks: presentation times on the stream's clock, ascending, unique.
         key_ticks: those of key frames, ascending.
+        key_seeks: where a seek must be aimed to land on each of them.
         first_number: number of the first of these frames within the stream, in presentation order.
         is_number_exact: False where `first_number` is an estimate from the average rate.
         is_regular: False where packets carry no usable presentation times; then `ticks` come from decoding.
@@ -179,6 +198,7 @@ class PacketIndex:
 
     ticks: NDArray[np.int64]
     key_ticks: NDArray[np.int64]
+    key_seeks: NDArray[np.int64]
     first_number: int
     is_number_exact: bool
     is_regular: bool
@@ -188,9 +208,9 @@ class PacketIndex:
     origin_ticks: int | None
 
     def key_before(self, ticks: int, back: int = 0) -> int | None:
-        """Return the key frame at or before a time, or an earlier one; None is the start of the range."""
+        """Return the place of the key frame at or before a time, or of an earlier one; None: the start of the range."""
         place = int(np.searchsorted(self.key_ticks, ticks, side="right")) - 1 - back
-        return int(self.key_ticks[place]) if place >= 0 else None
+        return place if place >= 0 else None
 
 
 @dataclass
@@ -198,7 +218,7 @@ class _Scan:
     """What a pass over packets collects."""
 
     presentation: list[int]
-    keys: list[int]
+    keys: list[tuple[int, int]]
     first_decode_ticks: int | None = None
     end_ticks: int = 0
     is_regular: bool = True
@@ -223,9 +243,13 @@ def scan_packets(video: OpenVideo, stop_ticks: int | None) -> _Scan:
     """Read packets from where the container stands, without decoding, until all frames before `stop_ticks` came."""
     scan = _Scan([], [])
     newest_key: int | None = None
+    later_packets = 0
     for packet in packets(video):
-        clock = packet.dts if packet.dts is not None else packet.pts
-        if stop_ticks is not None and clock is not None and clock > stop_ticks:
+        # Decoding times would tell the end sooner, but Matroska has none and FFmpeg's guesses after a seek are wrong.
+        clock = packet.pts if packet.pts is not None else packet.dts
+        is_later = stop_ticks is not None and clock is not None and clock >= stop_ticks
+        later_packets = later_packets + 1 if is_later else 0
+        if later_packets > REORDERED_PACKETS:
             scan.reaches_end = False
             break
         if scan.first_decode_ticks is None:
@@ -239,7 +263,7 @@ def scan_packets(video: OpenVideo, stop_ticks: int | None) -> _Scan:
             continue
         if packet.is_keyframe:
             newest_key = packet.pts
-            scan.keys.append(packet.pts)
+            scan.keys.append((packet.pts, seek_ticks(video, packet)))
         elif newest_key is not None and packet.pts < newest_key:
             scan.is_plain = False
         scan.presentation.append(packet.pts)
@@ -247,6 +271,17 @@ def scan_packets(video: OpenVideo, stop_ticks: int | None) -> _Scan:
     if len(set(scan.presentation)) != len(scan.presentation):
         scan.is_regular = False
     return scan
+
+
+def seek_ticks(video: OpenVideo, packet: Any) -> int:
+    """Return where a seek must be aimed to land on a key frame.
+
+    Matroska is searched by presentation time. The others are searched by decoding time: a presentation time would land
+    after the key frame, at a later one or, in a transport stream, in the middle of its group.
+    """
+    if packet.dts is None or video.format_name == "matroska":
+        return int(packet.pts)
+    return int(packet.dts)
 
 
 def scan_file(video: OpenVideo) -> tuple[float, float, int] | None:
@@ -308,11 +343,15 @@ def decoded_frames(video: OpenVideo) -> Iterator[Any]:
     for packet in packets(video):
         try:
             frames = packet.decode()
+        except av.error.MemoryError:
+            raise
         except av.error.FFmpegError:
             continue
         yield from frames
     try:
         yield from video.stream.codec_context.decode(None)
+    except av.error.MemoryError:
+        raise
     except av.error.FFmpegError:
         return
 
@@ -336,10 +375,11 @@ def index_range(video: OpenVideo, start_seconds: float, stop_seconds: float) -> 
         scan.presentation = [ticks - delay for ticks in scan.presentation]
         scan.end_ticks -= delay
     number, is_exact = (0, True) if origin_ticks is None else first_frame_number(video, scan)
-    ticks = np.array(sorted(scan.presentation), np.int64)
+    ticks, keys = np.array(sorted(scan.presentation), np.int64), sorted(scan.keys)
     return PacketIndex(
         ticks=ticks,
-        key_ticks=np.array(sorted(scan.keys), np.int64),
+        key_ticks=np.array([ticks for ticks, _ in keys], np.int64),
+        key_seeks=np.array([ticks for _, ticks in keys], np.int64),
         first_number=number,
         is_number_exact=is_exact,
         is_regular=scan.is_regular,
@@ -365,7 +405,9 @@ def scan_from(
         origin_ticks = start_ticks - round(seconds / video.tick_seconds)
         seek(video, origin_ticks)
         found = scan(video, stop_ticks)
-        if found.presentation and min(found.presentation) <= start_ticks:
+        # Pictures that lead a key frame may lie before the start, but without the key frame before it they are lost.
+        clean = found.keys[0][0] if found.keys else min(found.presentation, default=start_ticks + 1)
+        if clean <= start_ticks:
             return found, origin_ticks
     rewind(video)
     return scan(video, stop_ticks), None
@@ -395,9 +437,7 @@ def first_frame_number(video: OpenVideo, scan: _Scan) -> tuple[int, bool]:
     entries = video.stream.index_entries
     if video.has_complete_index() and scan.first_decode_ticks is not None:
         place = entry_at(entries, scan.first_decode_ticks)
-        hidden = 0
-        while hidden < place and entries[hidden].is_discard:
-            hidden += 1
+        hidden = sum(entries[number].is_discard for number in range(place)) if entries[0].is_discard else 0
         if place < len(entries) and entries[place].timestamp == scan.first_decode_ticks:
             return place - hidden, True
     first = min(scan.presentation, default=video.start_ticks)

@@ -139,6 +139,9 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                 if owed:
                     raise DecodeError(f"the decoder left out pages {list(owed)}", code="internal")
             except RecordError as error:
+                if not owed:
+                    # It failed while closing a document whose pages are all here.
+                    return
                 if not was_opened or error.code not in DEATH_CODES:
                     raise
                 deaths += 1

@@ -124,17 +124,19 @@ class PyavReader:
         self._frames: Iterator[tuple[int, Any, bool]] | None = None
         self._current: tuple[int, Any, bool] | None = None
         self._previous: tuple[int, Any, bool] | None = None
+        self._is_fresh = False
 
     def read(self, position: int) -> NDArray[np.uint8]:
         """Return a frame; see `FrameReader`."""
         wanted = int(self._index.ticks[position]) if self._index.is_regular else position
+        found = None
         for back in EARLIER_KEY_FRAMES:
             self._go_near(wanted, back)
             found = self._advance(wanted)
-            if found is not None:
+            # After a seek a frame may be missing or torn because the seek landed late.
+            if (found is not None and not found[2]) or not self._is_fresh:
                 break
-            if self._current is None or self._current[2] or not self._index.is_regular:
-                break
+        self._is_fresh = False
         if found is None and self._current is not None and self._previous is not None and not self._current[2]:
             # A packet that shows nothing: the frame before it stays on display.
             found = self._previous
@@ -151,14 +153,16 @@ class PyavReader:
         here = self._current[0] if self._current else None
         if self._frames is None or (here is not None and here > wanted) or back:
             self._restart(key)
-        elif here is not None and key is not None and here < key:
-            skipped = np.searchsorted(self._index.ticks, key) - np.searchsorted(self._index.ticks, here)
+        elif here is not None and key is not None and here < self._index.key_ticks[key]:
+            skipped = np.diff(np.searchsorted(self._index.ticks, [here, self._index.key_ticks[key]]))[0]
             if skipped > SEEK_WORTH_FRAMES:
                 self._restart(key)
 
     def _restart(self, key: int | None) -> None:
-        if key is not None and key > int(self._index.ticks[0]):
-            seek(self._video, key)
+        self._is_fresh = False
+        if key is not None and self._index.key_ticks[key] > self._index.ticks[0]:
+            seek(self._video, int(self._index.key_seeks[key]))
+            self._is_fresh = True
         elif self._index.origin_ticks is not None:
             seek(self._video, self._index.origin_ticks)
         else:
@@ -195,10 +199,15 @@ class PyavReader:
         for packet in packets(self._video):
             try:
                 yield packet.decode(), packet.is_corrupt
+            except av.error.MemoryError:
+                # A limit of ours, not damage of the file.
+                raise
             except av.error.FFmpegError:
                 yield [], True
         try:
             yield self._video.stream.codec_context.decode(None), False
+        except av.error.MemoryError:
+            raise
         except av.error.FFmpegError:
             yield [], True
 

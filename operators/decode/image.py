@@ -21,7 +21,7 @@ from operators.decode.pages import (
 )
 from schemas.errors import DecodeError, RecordError
 
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "GIF")
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "GIF")
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -151,8 +151,16 @@ def frame_steps(image: Image.Image, page_number: int, options: PageOptions) -> I
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height in pixels after the EXIF orientation."""
     width_px, height_px = image.size
-    turned = image.getexif().get(ORIENTATION_TAG) in TURNED
+    turned = owed_transpose(image) in TURNED
     return (height_px, width_px) if turned else (width_px, height_px)
+
+
+def owed_transpose(image: Image.Image) -> int:
+    """Return the EXIF orientation that is still to be applied, 1 for none; Pillow turns TIFF frames by itself."""
+    # Pillow decodes a whole PNG to look for EXIF data behind its pixels, before any bound on them.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return int(image.getexif().get(ORIENTATION_TAG, 1))
 
 
 def stated_dpi(image: Image.Image) -> float:
@@ -183,13 +191,13 @@ def decode_frame(image: Image.Image, scale: float, max_source_pixels: int) -> np
             raise DecodeError(
                 f"{width_px} x {height_px} px, the policy allows {max_source_pixels}", code="too_large", stage="render"
             )
-        orientation = image.getexif().get(ORIENTATION_TAG)
+        transpose = TRANSPOSES.get(owed_transpose(image))
         reduced = eight_bits(image)
         if reduced.size != target:
             reduced = reduced.resize(target, Image.Resampling.LANCZOS, reducing_gap=2.0)
         frame = over_white(reduced)
-        if orientation in TRANSPOSES:
-            frame = frame.transpose(TRANSPOSES[orientation])
+        if transpose is not None:
+            frame = frame.transpose(transpose)
         return np.asarray(frame)
     except RecordError:
         raise

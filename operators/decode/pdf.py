@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pymupdf
 
+from operators.decode.child import memory_usage
 from operators.decode.pages import (
     POINTS_PER_INCH,
     Opened,
@@ -25,8 +26,9 @@ MEMORY_WORDS = re.compile(r"alloc\w* .*fail|out of memory|bad_alloc|cannot alloc
 SIZE_WORDS = re.compile(r"overly large|too large", re.IGNORECASE)
 CIPHER_WORDS = re.compile(r"encrypt|password|crypt filter", re.IGNORECASE)
 TITLE_CHARS = 500
-STORE_BYTES = 64_000_000
-"""What MuPDF may keep of decoded images and fonts from page to page; its own bound is 256 MB."""
+SHRINK_RSS_BYTES = 500_000_000
+"""Above this, MuPDF's store of decoded images and fonts is emptied after a page (`store_size` answers None in
+PyMuPDF 2.0); below it, fonts and images that the next page shares are worth keeping."""
 
 pymupdf.TOOLS.mupdf_display_errors(False)
 pymupdf.TOOLS.mupdf_display_warnings(False)
@@ -71,7 +73,7 @@ def decode_pages(
                 yield from page_steps(document, page_number, options)
             except RecordError as error:
                 yield failed_step(page_number, error)
-            if pymupdf.TOOLS.store_size > STORE_BYTES:
+            if memory_usage()["rss_bytes"] > SHRINK_RSS_BYTES:
                 pymupdf.TOOLS.store_shrink(100)
 
 
@@ -189,10 +191,9 @@ def render(page: pymupdf.Page, scale: float) -> np.ndarray[Any, np.dtype[np.uint
     """
     try:
         pixmap = page.get_pixmap(matrix=pymupdf.Matrix(scale, scale), colorspace=pymupdf.csRGB, alpha=False)
-        samples = np.frombuffer(pixmap.samples_mv, np.uint8)
-        return samples.reshape(pixmap.height, pixmap.stride)[:, : pixmap.width * 3].reshape(
-            pixmap.height, pixmap.width, 3
-        )
+        samples = np.frombuffer(pixmap.samples_mv, np.uint8).reshape(pixmap.height, pixmap.stride)
+        # A view does not keep the pixmap alive: its memory would be gone while it is sent.
+        return samples[:, : pixmap.width * 3].reshape(pixmap.height, pixmap.width, 3).copy()
     except Exception as error:
         raise translated(error, code="render", stage="render") from error
 

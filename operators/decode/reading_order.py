@@ -3,24 +3,31 @@
 import numpy as np
 from numpy.typing import NDArray
 
-_MAX_BOXES = 400
+_MAX_BOXES = 256
 """The order is found in time and memory cubic in the boxes; pages with more are drawings or tables."""
 
 _MARGIN_SHARE = 0.12
 """Running heads and feet lie in this part of the page's height, at its top and bottom."""
 
 
-def reading_order(boxes: list[tuple[float, float, float, float]]) -> list[int]:
+def reading_order(boxes: list[tuple[float, float, float, float]], *, right_to_left: bool = False) -> list[int]:
     """Return the indices of `boxes` (left, top, right, bottom) in reading order, columns before rows.
 
     A box comes before those that lie below it in the same column, and before those to its right unless something that
     spans both lies between them in height. What this leaves open keeps the order given. A given order that breaks no
-    rule of the first kind is kept as a whole: it is the order of the file, and its author knew better.
+    rule is kept as a whole, where of the second kind only pairs in one row count: it is the order of the file, and its
+    author knew better than to read a table by columns.
+
+    Args:
+        boxes: in points, origin top-left.
+        right_to_left: the rightmost column is read first: Arabic, Hebrew, vertical writing.
 
     Source:
-        T. Breuel, High performance document layout analysis (2003), section on reading order.
+        T. Breuel, High performance document layout analysis (2003), section on reading order; the exceptions are ours.
     """
     array = np.asarray(boxes, np.float64).reshape(-1, 4)
+    if right_to_left:
+        array = array[:, [2, 1, 0, 3]] * np.array([-1.0, 1.0, -1.0, 1.0])
     head, body, foot = _bands(array)
     return [*head, *(body[index] for index in _body_order(array[body])), *foot]
 
@@ -30,7 +37,7 @@ def _body_order(boxes: NDArray[np.float64]) -> list[int]:
     if count > _MAX_BOXES:
         return list(range(count)) if _is_downward(boxes) else _rows_first(boxes)
     above = _above(boxes)
-    if not np.tril(above, -1).any():
+    if not np.tril(above | (_beside(boxes) & _in_one_row(boxes)), -1).any():
         return list(range(count))
     return _topological(above | (_left_of(boxes, above) & ~above.T))
 
@@ -84,14 +91,27 @@ def _above(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
     )
 
 
+def _in_one_row(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return (i, j) True where i and j share most of the lower one's height."""
+    _, top, _, bottom = boxes.T
+    shared = np.minimum(bottom[:, None], bottom[None]) - np.maximum(top[:, None], top[None])
+    low = np.minimum((bottom - top)[:, None], (bottom - top)[None])
+    return np.asarray(shared > 0.5 * low)
+
+
+def _beside(boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return (i, j) True where i ends before j begins, but for a tenth of the narrower one."""
+    left, _, right, _ = boxes.T
+    narrow = np.minimum((right - left)[:, None], (right - left)[None])
+    return np.asarray((right[:, None] <= left[None] + 0.1 * narrow) & (left[:, None] < left[None]))
+
+
 def _left_of(boxes: NDArray[np.float64], above: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return (i, j) True where i is left of j and no box between them in height spans both.
 
     A centred heading is right of a short line in the column below it, and yet comes first: such pairs are left out.
     """
     left, top, right, bottom = boxes.T
-    is_left = right[:, None] <= left[None] + 0.1 * np.minimum((right - left)[:, None], (right - left)[None])
-    is_left &= left[:, None] < left[None]
     overlaps = (np.minimum(right[:, None], right[None]) - np.maximum(left[:, None], left[None])) > 0
     spanning = overlaps[:, None, :] & overlaps[None, :, :]
     middle = (top + bottom) / 2
@@ -101,7 +121,7 @@ def _left_of(boxes: NDArray[np.float64], above: NDArray[np.bool_]) -> NDArray[np
     blocked = (spanning & between).any(axis=2)
     under = above & (right[None] <= ((left + right) / 2)[:, None] + 1)
     hangs_over = (under.astype(np.int32) @ overlaps.astype(np.int32)) > 0
-    return np.asarray(is_left & ~blocked & ~(hangs_over.T & (middle[None] < middle[:, None])))
+    return np.asarray(_beside(boxes) & ~blocked & ~(hangs_over.T & (middle[None] < middle[:, None])))
 
 
 def _topological(before: NDArray[np.bool_]) -> list[int]:

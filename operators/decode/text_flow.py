@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from operators.decode.reading_order import reading_order
-from operators.decode.text_lines import Box, Line, union_box
+from operators.decode.text_lines import Box, Line, runs_right_to_left, union_box
 
 _BULLETS: Final = "•◦▪▫‣⁃∙●○■□◆◇►▸▶➢➤✓✔❖·"
-_BULLET_ITEM: Final = re.compile(rf"(?:[{_BULLETS}]\s*|[-–*—]\s+)(?=\S)")
+_BULLET_ITEM: Final = re.compile(rf"(?:[{_BULLETS}\uf020-\uf0ff]\s*|[-–*—]\s+)(?=\S)")
 _NUMBERED_ITEM: Final = re.compile(r"\(?(?:\d{1,3}|[a-zA-Z]|[ivxIVX]{1,5})[.)]\s+(?=\S)")
 _TERMINAL: Final = re.compile(r"[.!?:;。！？：؟।…][\"'”’»)\]]*$")
 _HYPHENATED: Final = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010]$")
 _ATTACHED: Final = re.compile(r"(?<=\w)[-\u2010–/]$|://$")
 _HEADING_RATIO: Final = 1.15
 _MAX_HEADING_CHARS: Final = 200
+_MAX_HEADING_SHARE: Final = 0.4
+"""A larger size with more of the page's characters is its body, and the smaller one its notes."""
+_PROSE_END: Final = re.compile(r"[^\d.][.,;]$")
+_MIN_PROSE_CHARS: Final = 40
 _CELL_GAP_SIZES: Final = 1.5
 _TABULAR_SHARE: Final = 0.5
 _TABULAR_MEDIAN_CHARS: Final = 25
@@ -43,7 +47,8 @@ def lines_to_markdown(lines: list[Line]) -> str:
     if _is_tabular(lines):
         return "\n".join("  ".join(line.text for line in row) for row in rows_of(lines))
     blocks = _blocks(lines)
-    order = reading_order([union_box([line.box for line in block]) for block in blocks])
+    boxes = [union_box([line.box for line in block]) for block in blocks]
+    order = reading_order(boxes, right_to_left=runs_right_to_left(lines))
     paragraphs = [paragraph for index in order for paragraph in _paragraphs(blocks[index])]
     body, heading_sizes = _sizes(lines)
     return _assemble(_continued(paragraphs, body), heading_sizes)
@@ -57,13 +62,18 @@ def join_lines(texts: list[str]) -> str:
             joined = text
         elif _HYPHENATED.search(joined) and text[:1].islower():
             joined = joined[:-1] + text
-        elif _ATTACHED.search(joined) and text[:1].isalnum():
-            joined += text
-        elif _writes_no_spaces(joined[-1]) and _writes_no_spaces(text[0]):
+        elif (_ATTACHED.search(joined) and text[:1].isalnum()) or (
+            _writes_no_spaces(joined[-1]) and _writes_no_spaces(text[0])
+        ):
             joined += text
         else:
             joined += " " + text
     return joined.replace("\u00ad", "")
+
+
+def without_bullet(text: str) -> str:
+    """Return a list item without the glyph that marks it."""
+    return _BULLET_ITEM.sub("", text, count=1)
 
 
 def rows_of(lines: list[Line]) -> list[list[Line]]:
@@ -139,9 +149,19 @@ def _begins_paragraph(group: list[Line], row: list[Line], left: float, right: fl
         return True
     if abs(previous.size_pt - line.size_pt) > 0.15 * max(previous.size_pt, 1.0) and len(line.text) > 2:
         return len(previous.text) > 2
-    is_short = previous.box[2] < right - 0.15 * (right - left)
     is_indented = line.box[0] > left + 0.8 * line.size_pt and previous.box[0] < left + 0.4 * line.size_pt
-    return _TERMINAL.search(previous.text) is not None and (is_short or is_indented)
+    if is_indented and _TERMINAL.search(previous.text):
+        return True
+    if line.text[0].islower() or _ATTACHED.search(previous.text):
+        return False
+    is_flush = previous.box[0] < left + line.size_pt
+    return is_flush and right - previous.box[2] > _first_word_width(line) + line.size_pt
+
+
+def _first_word_width(line: Line) -> float:
+    """Return about how wide the first word of a line is: what would have fitted on the line before began anew."""
+    first = line.text[:2] if _writes_no_spaces(line.text[0]) else line.text.split(" ", 1)[0]
+    return (line.box[2] - line.box[0]) * len(first) / max(len(line.text), 1)
 
 
 def _paragraph(lines: list[Line], *, cells: bool = False) -> _Paragraph:
@@ -151,7 +171,7 @@ def _paragraph(lines: list[Line], *, cells: bool = False) -> _Paragraph:
         text = join_lines([line.text for line in lines])
     is_list_item = _BULLET_ITEM.match(text) is not None and len(text) > 2
     if is_list_item:
-        text = "- " + _BULLET_ITEM.sub("", text, count=1)
+        text = "- " + without_bullet(text)
     is_list_item = is_list_item or _NUMBERED_ITEM.match(text) is not None
     widest = max(lines, key=lambda line: len(line.text))
     return _Paragraph(text, union_box([line.box for line in lines]), widest.size_pt, len(lines), is_list_item)
@@ -174,7 +194,7 @@ def _continues(before: _Paragraph, after: _Paragraph, body_pt: float) -> bool:
     if after.is_list_item or abs(before.size_pt - after.size_pt) > 0.3 or abs(after.size_pt - body_pt) > 0.6:
         return False
     # Only prose: a short line that ends without a stop is a label or a cell.
-    if before.line_count < 2 or after.line_count < 2 or not after.text[:1].islower():
+    if len(before.text) < _MIN_PROSE_CHARS or not after.text[:1].islower():
         return False
     return before.text[-1:].isalpha() or before.text[-1:] in ",-\u00ad"
 
@@ -185,7 +205,10 @@ def _sizes(lines: list[Line]) -> tuple[float, list[float]]:
     for line in lines:
         counts[round(line.size_pt, 1)] += len(line.text)
     body = max(counts, key=lambda size: (counts[size], -size))
-    return body, sorted((size for size in counts if size >= _HEADING_RATIO * body), reverse=True)
+    limit = _MAX_HEADING_SHARE * sum(counts.values())
+    return body, sorted(
+        (size for size in counts if size >= _HEADING_RATIO * body and counts[size] < limit), reverse=True
+    )
 
 
 def _assemble(paragraphs: list[_Paragraph], heading_sizes: list[float]) -> str:
@@ -199,6 +222,7 @@ def _assemble(paragraphs: list[_Paragraph], heading_sizes: list[float]) -> str:
             and not paragraph.is_list_item
             and len(text) <= _MAX_HEADING_CHARS
             and any(map(str.isalpha, text))
+            and not (text[:1].islower() or _PROSE_END.search(text))
         )
         if is_heading:
             text = "#" * min(heading_sizes.index(size) + 1, 4) + " " + text

@@ -9,15 +9,19 @@ import html
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import pymupdf
 import pymupdf.layout
+from numpy.typing import NDArray
 
 from operators.decode.reading_order import reading_order
-from operators.decode.text_flow import join_lines, rows_of
-from operators.decode.text_lines import Box, Line, PageText, Word, frame_to_display, union_box
+from operators.decode.text_flow import join_lines, rows_of, without_bullet
+from operators.decode.text_lines import Box, Line, PageText, Word, frame_to_display, runs_right_to_left, union_box
 from schemas.errors import DecodeError
 from schemas.vocabulary import BLOCK_LABELS
 
+MAX_LAYOUT_LINES: Final = 4000
+"""The model's graph grows with the lines: 1100 of them take 2 to 4 s (measured); a page of noise must not take hours."""
 _CELL_GAP_SIZES: Final = 0.9
 _HEADING_LEVELS: Final = (2, 3, 4)
 
@@ -44,13 +48,15 @@ def layout_blocks(page: pymupdf.Page, page_text: PageText) -> list[dict[str, Any
         page_text: its lines, with words.
 
     Raises:
-        DecodeError: the layout model failed on this page.
+        DecodeError: the layout model failed on this page, or the page has too many lines for it.
     """
+    if len(page_text.lines) > MAX_LAYOUT_LINES:
+        raise DecodeError(f"{len(page_text.lines)} lines, at most {MAX_LAYOUT_LINES}", code="too_large", stage="render")
     regions = _regions(page, page_text)
     leftovers = _assign(page_text.lines, regions)
     regions += [_Region("text", "", union_box([line.box for line in lines]), lines=lines) for lines in leftovers]
     regions = [region for region in regions if region.lines or region.label == "picture"]
-    return _to_blocks(_ordered(regions), page, page_text)
+    return _to_blocks(_ordered(regions, page_text.lines), page, page_text)
 
 
 def plain_blocks(page: pymupdf.Page, page_text: PageText) -> list[dict[str, Any]]:
@@ -59,7 +65,8 @@ def plain_blocks(page: pymupdf.Page, page_text: PageText) -> list[dict[str, Any]
     for line in page_text.lines:
         groups.setdefault(line.block_index, []).append(line)
     regions = [_Region("text", "", union_box([line.box for line in lines]), lines=lines) for lines in groups.values()]
-    order = reading_order([region.box for region in regions])
+    right_to_left = runs_right_to_left(page_text.lines)
+    order = reading_order([region.box for region in regions], right_to_left=right_to_left)
     return _to_blocks([regions[index] for index in order], page, page_text)
 
 
@@ -97,11 +104,12 @@ def _region(group: dict[str, Any]) -> _Region:
 def _assign(lines: list[Line], regions: list[_Region]) -> list[list[Line]]:
     """Put each word into one region; return the lines that no region holds, grouped by block."""
     left_over: dict[int, list[Line]] = {}
+    owners = iter(_owners([word.box for line in lines for word in line.words], regions))
     for line in lines:
-        owners: dict[int, list[Word]] = {}
+        parts: dict[int, list[Word]] = {}
         for word in line.words:
-            owners.setdefault(_owner(word.box, regions), []).append(word)
-        for owner, words in owners.items():
+            parts.setdefault(next(owners), []).append(word)
+        for owner, words in parts.items():
             part = line if len(words) == len(line.words) else _part(line, words)
             if owner >= 0:
                 regions[owner].lines.append(part)
@@ -110,22 +118,29 @@ def _assign(lines: list[Line], regions: list[_Region]) -> list[list[Line]]:
     return list(left_over.values())
 
 
-def _owner(box: Box, regions: list[_Region]) -> int:
-    """Return the region of a word: by the lines that the model took into it, else by its box, else -1."""
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    by_member = [
-        (_area(region.box), index)
-        for index, region in enumerate(regions)
-        if any(_holds(member, x, y, 0.5) for member in region.members)
-    ]
-    if by_member:
-        return min(by_member)[1]
-    by_box = [(_area(region.box), index) for index, region in enumerate(regions) if _holds(region.box, x, y, 1.0)]
-    return min(by_box)[1] if by_box else -1
+def _owners(words: list[Box], regions: list[_Region]) -> list[int]:
+    """Return the region of each word: by the lines that the model took into it, else by its box, else -1."""
+    if not words:
+        return []
+    boxes = np.asarray(words, np.float64)
+    x, y = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    owners = np.full(len(boxes), -1)
+    # The smallest region is written last, so that it wins; membership wins over the mere box.
+    largest_first = sorted(range(len(regions)), key=lambda index: -_area(regions[index].box))
+    for index in largest_first:
+        owners[_inside(x, y, [regions[index].box], 1.0)] = index
+    for index in largest_first:
+        owners[_inside(x, y, regions[index].members, 0.5)] = index
+    return [int(owner) for owner in owners]
 
 
-def _holds(box: Box, x: float, y: float, margin: float) -> bool:
-    return box[0] - margin <= x <= box[2] + margin and box[1] - margin <= y <= box[3] + margin
+def _inside(x: NDArray[np.float64], y: NDArray[np.float64], boxes: list[Box], margin: float) -> NDArray[np.bool_]:
+    if not boxes:
+        return np.zeros(len(x), np.bool_)
+    left, top, right, bottom = np.asarray(boxes, np.float64).T
+    holds = (x[:, None] >= left - margin) & (x[:, None] <= right + margin)
+    holds &= (y[:, None] >= top - margin) & (y[:, None] <= bottom + margin)
+    return np.asarray(holds.any(axis=1))
 
 
 def _area(box: Box) -> float:
@@ -144,15 +159,28 @@ def _part(line: Line, words: list[Word]) -> Line:
     )
 
 
-def _ordered(regions: list[_Region]) -> list[_Region]:
-    """Return regions in reading order: headers, content, footnotes, footers."""
-    groups = {"page_header": 0, "footnote": 2, "page_footer": 3}
+def _ordered(regions: list[_Region], lines: list[Line]) -> list[_Region]:
+    """Return regions in reading order: headers, content, footnotes, footers; pictures where they stand."""
+    place = {id(word): index for index, line in enumerate(lines) for word in line.words}
+    ranks = {"page_header": 0, "footnote": 2, "page_footer": 3}
+    right_to_left = runs_right_to_left(lines)
     ordered: list[_Region] = []
     for rank in range(4):
-        chosen = [region for region in regions if groups.get(region.label, 1) == rank]
-        chosen.sort(key=lambda region: (region.box[1], region.box[0]))
-        ordered += [chosen[index] for index in reading_order([region.box for region in chosen])]
+        chosen = [region for region in regions if region.lines and ranks.get(region.label, 1) == rank]
+        chosen.sort(key=lambda region: min(place[id(line.words[0])] for line in region.lines))
+        ordered += [chosen[index] for index in reading_order([r.box for r in chosen], right_to_left=right_to_left)]
+    for picture in sorted((region for region in regions if not region.lines), key=lambda region: -region.box[1]):
+        ordered.insert(_place_of(picture.box, ordered), picture)
     return ordered
+
+
+def _place_of(box: Box, ordered: list[_Region]) -> int:
+    """Return where a region without text belongs: before the first that lies below it in its column."""
+    for index, region in enumerate(ordered):
+        is_below = region.box[1] >= (box[1] + box[3]) / 2
+        if is_below and min(box[2], region.box[2]) > max(box[0], region.box[0]) and region.label != "page_header":
+            return index
+    return sum(region.label not in ("footnote", "page_footer") for region in ordered)
 
 
 def _to_blocks(regions: list[_Region], page: pymupdf.Page, page_text: PageText) -> list[dict[str, Any]]:
@@ -167,7 +195,9 @@ def _block(region: _Region, heading_sizes: list[float], bbox: list[float] | None
         text = "\n".join("\t".join(line.text for line in row) for row in rows_of(region.lines))
     else:
         text = join_lines([line.text for line in _downward(region.lines)])
-    if region.label == "title":
+    if region.label == "list_item":
+        text = without_bullet(text)
+    elif region.label == "title":
         level = 1
     elif region.label == "section_header":
         rank = heading_sizes.index(round(_size(region.lines), 1))

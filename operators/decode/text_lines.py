@@ -12,6 +12,7 @@ frame
 """
 
 import itertools
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -36,6 +37,7 @@ _SYMBOL_FONT: Final = dict(
 """What private-use characters of the Symbol font mean (Adobe's Symbol encoding): office programs write them so."""
 _DINGBAT_BULLETS: Final = str.maketrans(dict.fromkeys("\uf06c\uf06e\uf071\uf076\uf09f\uf0a7\uf0a8\uf0b7\uf0d8", "•"))
 _LIGATURES: Final = str.maketrans({"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st"})
+_UNUSABLE: Final = re.compile("[\x00-\x08\x0e-\x1b\x7f\ud800-\udfff]")
 
 Box = tuple[float, float, float, float]
 
@@ -137,6 +139,17 @@ def turn_box(box: Box, turn: int, width: float, height: float) -> Box:
     return box
 
 
+def runs_right_to_left(lines: list[Line]) -> bool:
+    """Return True when most of the text is written from right to left, or in columns from right to left."""
+    total = sum(len(line.text) for line in lines)
+    mirrored = sum(
+        len(line.text) if line.is_vertical else sum(map(_is_right_to_left, line.text))
+        for line in lines
+        if line.is_vertical or not line.text.isascii()
+    )
+    return 2 * mirrored > total
+
+
 def frame_to_display(box: Box, page_text: PageText, page: pymupdf.Page) -> list[float] | None:
     """Return a frame box on the displayed page, cut at the page's edges; None where nothing of it is on the page."""
     raw = turn_box(box, (360 - page_text.turn) % 360, *page_text.frame_size_pt)
@@ -207,7 +220,7 @@ def _length(span: dict[str, Any]) -> int:
 
 
 def _clean(text: str) -> str:
-    return " ".join(text.translate(_LIGATURES).replace("\x00", "\ufffd").split())
+    return " ".join(_UNUSABLE.sub("\ufffd", text.translate(_LIGATURES)).split())
 
 
 def _join_spans(spans: list[dict[str, Any]], size: float) -> str:
@@ -236,7 +249,31 @@ def _words(spans: list[dict[str, Any]], size: float, wmode: int) -> list[tuple[s
                 words.append([])
             words[-1].append(char)
             previous = char
-    return [(_clean(_word_text(chars)), union_box([char["bbox"] for char in chars])) for chars in words if chars]
+    found = [(_clean(_word_text(chars)), union_box([char["bbox"] for char in chars])) for chars in words if chars]
+    return found if wmode else _logical_order(found)
+
+
+def _logical_order(words: list[tuple[str, Box]]) -> list[tuple[str, Box]]:
+    """Return the words of a line with each right-to-left phrase in the order it is read in.
+
+    Files made from the screen's order give such a phrase from its left end: it is turned round. A phrase that already
+    runs from right to left stays.
+    """
+    mirrored = [any(map(_is_right_to_left, text)) for text, _ in words]
+    neutral = [not any(map(str.isalnum, text)) for text, _ in words]
+    ordered = list(words)
+    start = 0
+    while start < len(words):
+        stop = start
+        while stop < len(words) and (
+            mirrored[stop] or (stop > start and neutral[stop] and any(mirrored[stop + 1 :][:1]))
+        ):
+            stop += 1
+        phrase = words[start:stop]
+        if len(phrase) > 1 and all(a[1][0] < b[1][0] for a, b in itertools.pairwise(phrase)):
+            ordered[start:stop] = phrase[::-1]
+        start = stop + 1
+    return ordered
 
 
 def _word_text(chars: list[dict[str, Any]]) -> str:

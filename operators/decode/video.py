@@ -167,6 +167,8 @@ def first_frame(video: OpenVideo) -> Any:
         for number, packet in enumerate(video.container.demux(video.stream)):
             try:
                 frames = packet.decode()
+            except av.error.MemoryError:
+                raise
             except av.error.FFmpegError as error:
                 failure = error
                 frames = []
@@ -174,6 +176,8 @@ def first_frame(video: OpenVideo) -> Any:
                 return frames[0]
             if number > PROBED_PACKETS:
                 break
+    except av.error.MemoryError:
+        raise
     except av.error.FFmpegError as error:
         failure = error
     check_frame_size(video)

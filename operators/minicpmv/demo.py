@@ -99,13 +99,22 @@ CHAT_TEMPLATE: Final = """\
 {%- endif -%}
 """
 
+HEAD_NORM_SHIFT: Final = 1.0
+ATTENTION_GAIN: Final = 6.0
+"""Sharp and strong attention, so that an answer depends on the pictures although a long text follows them."""
+
 EMBEDDING_GAIN: Final = 0.1
 MIXING_GAIN: Final = 2.0
 """With a tied head a token would choose itself again for ever, unless what the layers add outweighs its embedding."""
 
-TURN_END_GAIN: Final = -1.3
+TURN_END_GAIN: Final = -1.1
 """Length of the end-of-turn embedding, which is also its output row, relative to the others. Found by trying: answers
 end after a varied number of tokens; with the other sign most would end at once."""
+
+CONVOLUTION_GAIN: Final = 6.0
+DECAY_SHIFT: Final = -2.0
+"""Keys of some length and a slow decay: the linear layers then normalise no values near zero, which would enlarge the
+rounding of float32 tenfold and let a batch's composition show in an answer."""
 
 UNPRINTABLE_GAIN: Final = 0.3
 """The same for tokens that are no printable ASCII character, so that answers are text that a terminal can show."""
@@ -210,13 +219,24 @@ def fill(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if name.endswith("position_embedding.weight"):
         return noise * np.float32(0.5)
     if len(shape) > 1:
-        mixes = "language_model" in name and name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
-        return noise * np.float32((MIXING_GAIN if mixes else 1) / math.sqrt(math.prod(shape[1:])))
-    if name.endswith(("bias", "A_log", "dt_bias")):
+        return noise * np.float32(gain(name) / math.sqrt(math.prod(shape[1:])))
+    if name.endswith("A_log"):
+        return noise * np.float32(0.1) + np.float32(DECAY_SHIFT)
+    if name.endswith("bias"):
         return noise * np.float32(0.1)
     # Norms of the text model add one to their weight; those of the vision tower and the gated norm do not.
     zero_centred = "language_model" in name and "linear_attn" not in name
-    return noise * np.float32(0.05) + np.float32(0 if zero_centred else 1)
+    shift = HEAD_NORM_SHIFT if name.endswith(("q_norm.weight", "k_norm.weight")) else 0.0
+    return noise * np.float32(0.05) + np.float32(shift if zero_centred else 1)
+
+
+def gain(name: str) -> float:
+    """Return the size of a matrix relative to one that keeps the size of what it multiplies."""
+    if name.endswith("o_proj.weight"):
+        return ATTENTION_GAIN
+    if "language_model" in name and name.endswith(("out_proj.weight", "down_proj.weight")):
+        return MIXING_GAIN
+    return CONVOLUTION_GAIN if name.endswith("conv1d.weight") else 1.0
 
 
 def weight_shapes(vocabulary_size: int) -> dict[str, tuple[int, ...]]:

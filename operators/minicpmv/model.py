@@ -192,6 +192,8 @@ def load_network(folder: Path, dtype: torch.dtype, attention: Attention) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            # Reported here, and refused below with all other differences at once.
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:

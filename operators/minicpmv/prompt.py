@@ -88,11 +88,11 @@ class PromptBuilder:
     def __init__(self, config: ModelConfig) -> None:
         path = config.folder / "tokenizer.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self._plain = Tokenizer.from_str(json.dumps(json.loads(text) | {"added_tokens": []}))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        self._plain = Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
-        self._full = Tokenizer.from_str(json.dumps(content))
+        self._full = Tokenizer.from_str(text)
         self._limit = config.max_positions - 1
         self.tokens = config.tokens
 

@@ -83,10 +83,11 @@ def parse_blocks(answer: str, page_width_pt: float | None, page_height_pt: float
             dropped_items += 1
             continue
         label, is_known = _label(item.get("label"))
-        box = thousandths_to_points(item.get("bbox"), *size) if size else None
+        box = thousandths_to_points(item.get("bbox"), *(size or (1.0, 1.0)))
         dropped_boxes += item.get("bbox") is not None and box is None
         unknown_labels += not is_known
-        blocks.append(make_block(label, _string(item.get("text")), box, label_raw=_string(item.get("label"))))
+        raw = _string(item.get("label"))
+        blocks.append(make_block(label, _string(item.get("text")), box if size else None, label_raw=raw))
         is_strict = is_strict and item.keys() == {"label", "bbox", "text"} and item["label"] in BLOCK_LABELS
         is_strict = is_strict and isinstance(item["text"], str)
     is_strict = is_strict and not (dropped_boxes or unknown_labels or dropped_items)

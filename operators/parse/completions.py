@@ -87,7 +87,10 @@ def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixel
     try:
         result = read_answer(answer, row, config)
     except RecordError as error:
-        return {"thought": thought, "raw_output": row["completion"]} | _next_rung(row, error, config, has_pixels)
+        judged = {"thought": thought, "raw_output": row["completion"]}
+        if error.code == "unparsable":
+            judged["parse_status"] = "invalid"
+        return judged | _next_rung(row, error, config, has_pixels)
     mean_logprob = row["mean_logprob"]
     confidence = None if mean_logprob is None else math.exp(min(mean_logprob, 0.0))
     return result | {"thought": thought, "confidence": confidence}
@@ -106,16 +109,15 @@ def read_answer(answer: str, row: dict[str, Any], config: ParseCompletionsConfig
     if reason != "stop":
         wanted = "cut off by the token limit" if reason == "length" else "stopped in a loop"
         raise GenerationError(f"answer {wanted} after {len(answer)} characters", code=reason)
+    if answer.lstrip().startswith("<think>"):
+        raise GenerationError("the answer ends inside its thought")
     if config.repetition_check and is_looping(answer):
         raise GenerationError(f"the end of the answer repeats itself ({len(answer)} characters)", code="repetition")
     if row["task"] == "parse" and row["kind"] != "video":
         return _parse_result(answer, row)
     text = parse_caption(answer) if row["task"] == "caption" else clean_answer(answer)
-    if row["task"] == "ocr" and not text:
-        # The prompts ask for nothing where there is no text.
-        return {"status": "blank", "text": "", "plain_text": "", "parse_status": "ok"}
     if not text:
-        raise ParseError("the answer is empty")
+        return _blank_result(row)
     return {"status": "success", "text": text, "plain_text": plain_text(text), "parse_status": "ok"}
 
 
@@ -123,7 +125,8 @@ def split_thought(completion: str, thought: str | None) -> tuple[str, str | None
     """Return the answer and the thought of a completion that may still hold a think block."""
     before, mark, after = completion.rpartition("</think>")
     if not mark:
-        return completion, thought
+        unfinished = completion.lstrip().removeprefix("<think>") if completion.lstrip().startswith("<think>") else None
+        return completion, thought or unfinished
     inner = re.sub(r"\A\s*<think>", "", before).strip()
     return after.strip(), thought or inner or None
 
@@ -149,12 +152,23 @@ def _periodic_suffix_chars(text: str, period: int) -> int:
     return len(text) - 1 - index
 
 
+def _blank_result(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of an empty answer, which the prompts ask for where there is no text.
+
+    Raises:
+        ParseError: something must be there: a caption, or the words that the text layer holds.
+    """
+    if row["task"] == "caption" or row["text_layer_text"]:
+        raise ParseError("the answer is empty")
+    return {"status": "blank", "text": "", "plain_text": "", "parse_status": "ok"}
+
+
 def _parse_result(answer: str, row: dict[str, Any]) -> dict[str, Any]:
     parsed = parse_blocks(answer, row["page_width_pt"], row["page_height_pt"])
     if parsed.status == "invalid":
         raise ParseError(f"no block could be read from an answer of {len(answer)} characters")
     if not parsed.blocks:
-        return {"status": "blank", "text": "", "plain_text": "", "blocks": [], "parse_status": parsed.status}
+        return _blank_result(row) | {"blocks": []}
     text = blocks_to_markdown(parsed.blocks)
     return {
         "status": "success",
@@ -194,6 +208,5 @@ def _failed(error: RecordError) -> dict[str, Any]:
     return {
         "status": _FINAL_STATUS.get(error.code, "failure"),
         "text": None,
-        "parse_status": "invalid" if error.code == "unparsable" else None,
         "error": error_struct(error, "ParseCompletions"),
     }

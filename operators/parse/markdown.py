@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from operators.parse.tables import is_pipe_rule
+
 _FENCE: Final = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)"
 _CODE_SPAN: Final = r"(?<!`)(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)"
 # Pandoc's rule for inline maths: no space inside the dollars and no digit after the closing one, so that prices stay.
@@ -29,7 +31,6 @@ _HTML_COMMENT: Final = re.compile(r"<!--.*?-->", re.S)
 _CELL_END: Final = re.compile(r"</t[dh]\s*>\s*(?=<t[dh][\s>])", re.I)
 _LINE_END: Final = re.compile(r"</(?:tr|caption|p|div|li|h[1-6]|table)\s*>|<(?:br|hr)\s*/?>", re.I)
 _PIPE_ROW: Final = re.compile(r"^[ \t]*\|(.*)\|[ \t]*$")
-_PIPE_RULE: Final = re.compile(r"^[ \t]*\|?[ \t]*:?-{2,}:?[ \t]*(?:\|[ \t]*:?-{2,}:?[ \t]*)*\|?[ \t]*$")
 
 _SYMBOLS: Final = {
     "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "varepsilon": "ε", "zeta": "ζ", "eta": "η",
@@ -74,6 +75,7 @@ def repair_newlines(text: str) -> str:
 
 def clean_answer(text: str) -> str:
     """Return a model's Markdown answer as it is stored: unwrapped, newlines repaired, no control characters."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
     text = repair_newlines(strip_fence(text.replace("\r\n", "\n").replace("\r", "\n")))
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "", text).strip()
 
@@ -162,7 +164,7 @@ def _plain_line(line: str) -> str | None:
     """Return one line without its block mark-up, or None where the line is nothing but mark-up."""
     if re.fullmatch(r"[ \t]*(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})", line):
         return None
-    if "|" in line and _PIPE_RULE.match(line):
+    if is_pipe_rule(line):
         return None
     if row := _PIPE_ROW.match(line):
         return "\t".join(cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", row[1]))

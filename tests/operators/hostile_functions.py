@@ -1,7 +1,10 @@
 """What a decoder may do to its process; called by name inside it."""
 
 import ctypes
+import mmap
 import os
+import struct
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +37,6 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def imported_modules() -> Iterator[list[str]]:
-    import sys
-
     yield list(sys.modules)
 
 
@@ -87,6 +88,22 @@ def print_much() -> Iterator[int]:
     os.write(1, b"noise on stdout")
     os.write(2, b"noise on stderr")
     yield 1
+
+
+def half_a_message() -> Iterator[int]:
+    """Announce a message of a million bytes and send three."""
+    yield 1
+    os.write(int(sys.argv[1]), struct.pack("!i", 1_000_000) + b"abc")
+    time.sleep(3600)
+
+
+def freed_memory() -> Iterator[Any]:
+    """Send an array over memory that is no longer mapped."""
+    page = mmap.mmap(-1, 1_000_000)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    array = np.ctypeslib.as_array((ctypes.c_uint8 * 1_000_000).from_address(address))
+    ctypes.CDLL(None).munmap(ctypes.c_void_p(address), ctypes.c_size_t(1_000_000))
+    yield array
 
 
 def unpicklable() -> Iterator[Any]:

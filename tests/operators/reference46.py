@@ -63,7 +63,10 @@ class Reference:
     def greedy(self, prompt_ids, processed, slicing, *, kind, max_new_tokens):
         """Generated ids of one sample alone, the end token included."""
         suffix = "" if kind == "image" else "_videos"
-        pictures = {f"pixel_values{suffix}": processed["pixel_values"], f"target_sizes{suffix}": processed["target_sizes"]}
+        pictures = {
+            f"pixel_values{suffix}": processed["pixel_values"],
+            f"target_sizes{suffix}": processed["target_sizes"],
+        }
         ids = torch.tensor([prompt_ids])
         with torch.inference_mode():
             output = self.network.generate(

@@ -169,6 +169,23 @@ def test_an_item_that_cannot_be_pickled_is_an_error_not_a_hang(box):
     assert caught.value.code == "internal"
 
 
+def test_a_message_that_stops_in_its_middle_is_an_error_not_a_hang(box, monkeypatch):
+    monkeypatch.setattr("operators.decode.box.REST_OF_MESSAGE_SECONDS", 1)
+    monkeypatch.setattr("operators.decode.box.CLOSE_SECONDS", 0.5)
+    items = stream(box, "half_a_message")
+    next(items)
+    with pytest.raises(DecodeError) as caught:
+        next(items)
+    assert caught.value.code == "crash"
+    assert list(stream(box, "count", stop=1)) == [0]
+
+
+def test_an_item_whose_memory_is_gone_ends_the_process_not_the_parent(box):
+    with pytest.raises(DecodeError) as caught:
+        list(stream(box, "freed_memory"))
+    assert caught.value.code == "crash"
+
+
 def test_an_unknown_function_is_an_internal_error(box):
     with pytest.raises(DecodeError) as caught:
         list(stream(box, "no_such_function"))

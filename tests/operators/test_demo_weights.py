@@ -1,6 +1,7 @@
 import json
-import multiprocessing
 import os
+import subprocess
+import sys
 
 import huggingface_hub.constants
 import numpy as np
@@ -42,7 +43,7 @@ def test_tensors_are_those_of_the_released_architecture(folder):
 def test_weights_depend_on_their_names_alone():
     first = fill("model.merger.mlp.0.linear_1.weight", (3, 4))
     np.testing.assert_array_equal(first, fill("model.merger.mlp.0.linear_1.weight", (3, 4)))
-    np.testing.assert_allclose(first[0], [-0.34204683, 0.89139, 0.43044886, -0.55713564], rtol=1e-6)
+    np.testing.assert_allclose(first[0], [0.7982896, -0.27432764, 1.215633, 0.28543445], rtol=1e-6)
     assert not np.array_equal(first, fill("model.merger.mlp.0.linear_2.weight", (3, 4)))
 
 
@@ -75,15 +76,12 @@ def test_demo_is_made_once_and_marked(cache):
     assert [path.name for path in cache.iterdir() if path.name.startswith(".demo")] == []
 
 
-def resolve_in_child(cache):
-    os.environ["PAGEREEL_CACHE"] = str(cache)
-    return resolve_model("demo").revision
-
-
 def test_several_processes_may_make_it_at_once(cache):
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        revisions = pool.map(resolve_in_child, [cache] * 3)
-    assert len(set(revisions)) == 1
+    code = "from operators.minicpmv.weights import resolve_model; print(resolve_model('demo').revision)"
+    makers = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    revisions = {maker.communicate(timeout=120)[0] for maker in makers}
+    assert [maker.returncode for maker in makers] == [0, 0, 0]
+    assert len(revisions) == 1
     assert len([path for path in cache.iterdir() if "demo" in path.name]) == 1
 
 
@@ -186,7 +184,9 @@ def test_a_tensor_of_another_shape_is_refused(folder):
 def test_names_of_older_files_and_unused_tensors_are_understood(folder):
     def change(values):
         renamed = {
-            name.replace("model.vision_tower.vit_merger.", "model.vit_merger.").replace("model.vision_tower.", "model.vpm."): value
+            name.replace("model.vision_tower.vit_merger.", "model.vit_merger.").replace(
+                "model.vision_tower.", "model.vpm."
+            ): value
             for name, value in values.items()
         }
         return renamed | {"mtp.layers.0.weight": np.zeros(3, np.float32)}

@@ -78,7 +78,10 @@ def test_a_prompt_without_pictures_equals_the_template(reference, builder):
         chat = reference.tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-        assert builder.build(text, [], PromptSettings(kind="image", use_image_id=True)) == reference.tokenizer(chat).input_ids
+        assert (
+            builder.build(text, [], PromptSettings(kind="image", use_image_id=True))
+            == reference.tokenizer(chat).input_ids
+        )
 
 
 def test_published_placeholder_counts():

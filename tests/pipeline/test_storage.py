@@ -1,5 +1,6 @@
 """Storage on a local disk, in memory, and on S3 (a moto server)."""
 
+import errno
 import os
 import pickle
 import socket
@@ -17,10 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.ledger import Ledger
+from pipeline.accounting import account
+from pipeline.lease import Lease
+from pipeline.ledger import Ledger, utc_now
+from pipeline.plan import owed_units, read_plan, write_plan_part
+from pipeline.publish import publish
+from pipeline.sink import WriteRecords, WriteRecordsConfig
 from pipeline.storage import TEMPORARY_PREFIX, Storage
 from schemas.errors import ConfigError, TransientError
 from schemas.tables import PAGES
+from tests.pipeline.made_rows import (
+    document_unit,
+    failed_unit,
+    records_of,
+    records_table,
+    source,
+    sources_table,
+    units_table,
+    video_unit,
+)
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +136,20 @@ def test_a_commit_is_seen_by_another_reader_of_the_same_run(storage: Storage) ->
     assert reader.committed_records().part_of("k") == part_id
 
 
+def test_a_whole_run_lives_on_every_store(storage: Storage) -> None:
+    units = [document_unit(0, [1, 2]), failed_unit(1), video_unit(2, [0])]
+    write_plan_part(storage, units_table(units), sources_table([source(index) for index in range(3)]), "s")
+    sink = WriteRecords(WriteRecordsConfig(run_uri=storage.uri, run_id="r"))
+    for table in owed_units(read_plan(storage), Ledger(storage).committed_records()):
+        for unit in table.to_pylist():
+            sink(records_table(records_of(unit)))
+    publish(storage, "r")
+    result = account(Storage(storage.uri), check_parts=True)
+    assert (result.problems, result.committed, result.complete) == ([], 3, True)
+    with Lease(storage, utc_now, beat_seconds=0), pytest.raises(ConfigError):
+        Lease(Storage(storage.uri), utc_now).acquire()
+
+
 def test_storage_travels_to_workers_as_its_uri(storage: Storage) -> None:
     storage.put("a", b"x")
     assert pickle.loads(pickle.dumps(storage)).get("a") == b"x"
@@ -136,6 +166,19 @@ def test_one_of_many_local_creators_wins(tmp_path: Path) -> None:
         won = list(pool.map(lambda n: storage.put_if_absent("lease", str(n).encode()), range(40)))
     assert won.count(True) == 1
     assert storage.get("lease") == str(won.index(True)).encode()
+
+
+def test_creation_stays_exclusive_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert storage.put_if_absent("lease", b"mine")
+    assert not storage.put_if_absent("lease", b"yours")
+    assert storage.get("lease") == b"mine"
 
 
 def test_a_local_write_that_never_ended_is_not_listed_and_can_be_removed(tmp_path: Path) -> None:

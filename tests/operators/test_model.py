@@ -1,0 +1,174 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+from operators.engine.engine import BatchEngine
+from operators.engine.request import Request, SamplingParams
+from operators.minicpmv import model as model_module
+from operators.minicpmv.demo import write_demo_model
+from operators.minicpmv.model import MiniCPMV46
+from operators.minicpmv.patches import PackedPatches, Visual, pack_patches
+from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_tokens
+from operators.minicpmv.slicing import Size, SliceConfig, slice_image
+from schemas.errors import ConfigError, ContractError, GenerationError
+
+SIZES = ((700, 1000), (300, 220), (120, 900), (448, 448), (900, 640))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    write_demo_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def builder(model):
+    return PromptBuilder(model.config)
+
+
+def picture(height_px, width_px, seed=0):
+    cells = np.random.default_rng(seed).integers(0, 256, (height_px // 16 + 1, width_px // 16 + 1, 3), dtype=np.uint8)
+    return np.ascontiguousarray(cells.repeat(16, 0).repeat(16, 1)[:height_px, :width_px])
+
+
+def visual_of(images, slicing):
+    sliced = [slice_image(image, slicing) for image in images]
+    pieces = [piece for one in sliced for piece in one.slices]
+    shapes = tuple(Size(*piece.shape[:2]) for piece in pieces)
+    pixels = np.concatenate([piece.reshape(-1) for piece in pieces])
+    return Visual(pixels, shapes), image_tokens(shapes, [one.grid for one in sliced], slicing)
+
+
+def request_of(builder, images, slicing, kind="image", max_new_tokens=40, text="Read this page."):
+    visual, tokens = visual_of(images, slicing)
+    ids = builder.build(text, tokens, PromptSettings(kind=kind, use_image_id=kind == "image"))
+    return Request(tuple(ids), SamplingParams(max_new_tokens=max_new_tokens), visual)
+
+
+def mixed_requests(builder):
+    requests = [
+        request_of(builder, [picture(*size, seed)], SliceConfig(downsample_mode=mode), text="word " * seed)
+        for seed, size in enumerate(SIZES)
+        for mode in ("16x", "4x")
+    ]
+    clip = [picture(240, 320, seed) for seed in range(4)]
+    requests.append(request_of(builder, clip, SliceConfig(max_slices=1), kind="video"))
+    text_only = builder.build("Say something.", [], PromptSettings(kind="image", use_image_id=True))
+    requests.append(Request(tuple(text_only), SamplingParams(max_new_tokens=40)))
+    return requests
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+def test_packed_patches_equal_the_released_processor(folder, mode):
+    slicing = SliceConfig(downsample_mode=mode)
+    processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(folder)
+    images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
+    wanted = processor([Image.fromarray(image) for image in images], downsample_mode=mode, return_tensors="pt")
+    packed = pack_patches([visual_of([image], slicing)[0] for image in images], 14, torch.device("cpu"))
+    assert torch.equal(packed.pixel_values, wanted["pixel_values"])
+    assert torch.equal(packed.patch_grids, wanted["target_sizes"].to(torch.int32))
+
+
+def test_packed_patches_check_their_size():
+    with pytest.raises(ContractError, match="columns"):
+        PackedPatches(torch.zeros(1, 3, 14, 28), torch.tensor([[2, 2]]))
+
+
+def test_pixels_that_are_too_few_are_refused():
+    with pytest.raises(GenerationError, match="bytes of pixels"):
+        Visual(np.zeros(10, np.uint8), (Size(14, 14),))
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(model, builder):
+    requests = mixed_requests(builder)
+    alone = BatchEngine(model, max_rows=1, max_prompt_tokens=10**6).generate(requests)
+    for max_rows in (2, 5, 32):
+        batched = BatchEngine(model, max_rows=max_rows, max_prompt_tokens=10**6).generate(requests)
+        assert [answer.token_ids for answer in batched] == [answer.token_ids for answer in alone]
+        for one, other in zip(batched, alone, strict=True):
+            assert one.finish_reason == other.finish_reason
+            assert one.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-4)
+    assert len({answer.token_ids for answer in alone}) > 3
+
+
+def test_answers_end_early_and_at_varied_lengths(model, builder):
+    answers = BatchEngine(model, max_rows=32, max_prompt_tokens=10**6).generate(mixed_requests(builder))
+    assert {answer.finish_reason for answer in answers} >= {"stop"}
+    assert len({answer.output_tokens for answer in answers}) > 3
+
+
+def test_logits_equal_those_of_the_whole_network(model, builder):
+    requests = mixed_requests(builder)[:5]
+    logits, _ = model.prefill([request.prompt_ids for request in requests], [request.visual for request in requests])
+    for row, request in enumerate(requests):
+        packed = pack_patches([request.visual], 14, torch.device("cpu"))
+        with torch.inference_mode():
+            whole = model.network(
+                input_ids=torch.tensor([request.prompt_ids]),
+                pixel_values=packed.pixel_values,
+                target_sizes=packed.patch_grids,
+                downsample_mode="16x" if row % 2 == 0 else "4x",
+            ).logits[0, -1]
+        torch.testing.assert_close(logits[row], whole, atol=2e-5, rtol=1e-4)
+
+
+def test_encoding_in_chunks_changes_nothing(model, builder, monkeypatch):
+    requests = mixed_requests(builder)
+    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
+    at_once, _ = model.prefill(prompts, visuals)
+    monkeypatch.setattr(model_module, "PATCHES_PER_CALL", 1500)
+    in_chunks, _ = model.prefill(prompts, visuals)
+    torch.testing.assert_close(in_chunks, at_once, atol=2e-5, rtol=1e-4)
+
+
+def test_eager_attention_gives_the_same_answers(folder, model, builder):
+    eager = MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.float32, attention="eager")
+    requests = mixed_requests(builder)[:4]
+    answers = [BatchEngine(one, max_rows=4, max_prompt_tokens=10**6).generate(requests) for one in (model, eager)]
+    assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
+
+
+def test_dropping_sequences_keeps_the_others(model, builder):
+    requests = mixed_requests(builder)[:4]
+    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
+    _, whole = model.prefill(prompts, visuals)
+    _, part = model.prefill(prompts, visuals)
+    model.keep(part, [1, 3])
+    for token in (65, 66, 67):
+        all_logits = model.decode(whole, [token] * 4)
+        some_logits = model.decode(part, [token] * 2)
+        torch.testing.assert_close(some_logits, all_logits[[1, 3]], atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_runs_close_to_float32(folder, model, builder):
+    half = MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.bfloat16, attention="sdpa")
+    requests = mixed_requests(builder)[:4]
+    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
+    wanted, _ = model.prefill(prompts, visuals)
+    found, _ = half.prefill(prompts, visuals)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).abs().max() < 0.15 * wanted.abs().max()
+
+
+def test_placeholders_that_fit_no_mode_fail_their_request_alone(model, builder):
+    good = request_of(builder, [picture(300, 220)], SliceConfig())
+    bad = Request((*good.prompt_ids, model.config.tokens.image_pad), good.sampling, good.visual)
+    lost = Request(good.prompt_ids, good.sampling, None)
+    answers = BatchEngine(model, max_rows=8, max_prompt_tokens=10**6).generate([good, bad, lost, good])
+    assert answers[0] == answers[3]
+    assert isinstance(answers[1], GenerationError)
+    assert isinstance(answers[2], GenerationError)
+    assert "placeholders" in str(answers[1])
+
+
+def test_a_folder_without_a_model_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError):
+        MiniCPMV46(tmp_path, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")

@@ -1,0 +1,192 @@
+"""The plan: what is owed, and which sources need no second look."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.ledger import Again, Ledger
+from pipeline.plan import (
+    PLAN,
+    ListingCache,
+    PlanReader,
+    as_units,
+    count_plan,
+    owed_units,
+    read_plan,
+    write_plan_part,
+)
+from pipeline.sink import WriteRecords, WriteRecordsConfig
+from pipeline.storage import Storage
+from schemas.errors import ContractError
+from schemas.source import UNIT
+from tests.pipeline.made_rows import (
+    document_unit,
+    failed_unit,
+    records_of,
+    records_table,
+    source,
+    sources_table,
+    units_table,
+    video_unit,
+)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "run"))
+
+
+def plan(storage: Storage, units: list[dict], settings: str = "s", **source_changes: object) -> None:
+    indexes = dict.fromkeys(unit["source_index"] for unit in units)
+    sources = sources_table([source(index, **source_changes) for index in indexes])
+    write_plan_part(storage, units_table(units), sources, settings)
+
+
+def write(storage: Storage, rows: list[dict]) -> None:
+    WriteRecords(WriteRecordsConfig(run_uri=storage.uri, run_id="r"))(records_table(rows))
+
+
+def owed(storage: Storage, again: Again | None = None) -> list[dict]:
+    tables = owed_units(PlanReader(storage), Ledger(storage).committed_records(), again)
+    return [row for table in tables for row in as_units(table).to_pylist()]
+
+
+def test_a_plan_comes_back_in_source_order_whatever_the_order_of_its_parts(storage: Storage) -> None:
+    plan(storage, [document_unit(5, [1]), video_unit(3, [0, 1])])
+    plan(storage, [document_unit(0, [11, 12]), document_unit(0, [1, 2]), failed_unit(4)])
+    rows = [row for table in read_plan(storage) for row in table.to_pylist()]
+    assert [row["source_index"] for row in rows] == [0, 0, 3, 4, 5]
+    assert [row["page_numbers"] for row in rows[:2]] == [[1, 2], [11, 12]]
+    assert next(read_plan(storage)).schema.equals(UNIT)
+
+
+def test_a_password_is_never_written(storage: Storage, tmp_path: Path) -> None:
+    units = units_table([document_unit(0, [1], password="hunter2")])
+    write_plan_part(storage, units, sources_table([source(0, password="hunter2")]), "s")
+    assert all(b"hunter2" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    [table] = PlanReader(storage)
+    assert as_units(table, {0: "hunter2"})["password"].to_pylist() == ["hunter2"]
+
+
+def test_a_source_without_a_unit_is_a_contract_error(storage: Storage) -> None:
+    with pytest.raises(ContractError, match="not probed"):
+        write_plan_part(storage, units_table([document_unit(0, [1])]), sources_table([source(0), source(1)]), "s")
+
+
+def test_a_missing_column_is_a_contract_error(storage: Storage) -> None:
+    units = units_table([document_unit(0, [1])]).drop_columns(["record_keys"])
+    with pytest.raises(ContractError, match="record_keys"):
+        write_plan_part(storage, units, sources_table([source(0)]), "s")
+
+
+def test_only_owed_pages_and_segments_stay_in_a_unit(storage: Storage) -> None:
+    document, video = document_unit(0, [1, 2, 3]), video_unit(1, [0, 1, 2])
+    plan(storage, [document, video, failed_unit(2), document_unit(3, [1])])
+    write(storage, [records_of(document)[1], records_of(video)[0], *records_of(document_unit(3, [1]))])
+    first, second = owed(storage)
+    assert first["page_numbers"] == [1, 3]
+    assert first["segments"] is None
+    assert first["record_keys"] == [document["record_keys"][0], document["record_keys"][2]]
+    assert [segment["segment_index"] for segment in second["segments"]] == [1, 2]
+    assert second["page_numbers"] is None
+    assert second["record_keys"] == video["record_keys"][1:]
+
+
+def test_a_finished_plan_owes_nothing(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1, 2])])
+    write(storage, records_of(document_unit(0, [1, 2])))
+    assert owed(storage) == []
+
+
+def test_a_page_of_two_equal_files_is_owed_once(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1, 2], doc="same"), document_unit(1, [1, 2, 3], doc="same")])
+    assert [row["page_numbers"] for row in owed(storage)] == [[1, 2], [3]]
+    assert count_plan(read_plan(storage)).records == 3
+
+
+def test_a_later_pass_owes_failed_records_again(storage: Storage) -> None:
+    unit = document_unit(0, [1, 2])
+    plan(storage, [unit])
+    good, bad = records_of(unit)
+    bad |= {"status": None, "error": failed_unit(0)["error"]}
+    write(storage, [good, bad])
+    assert owed(storage) == []
+    [again] = owed(storage, Again())
+    assert again["page_numbers"] == [2]
+
+
+def test_lists_that_are_not_parallel_are_a_contract_error(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1, 2]) | {"page_numbers": [1]}])
+    with pytest.raises(ContractError, match="not parallel"):
+        owed(storage)
+
+
+def test_counts_of_a_plan(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1, 2]), document_unit(0, [3]), video_unit(1, [0]), failed_unit(2)])
+    counts = count_plan(read_plan(storage))
+    assert (counts.sources, counts.failed_sources, counts.units, counts.records) == (3, 1, 4, 4)
+    assert counts.records_by_kind == {"pdf": 3, "video": 1}
+
+
+def test_an_unchanged_source_is_not_probed_again(storage: Storage) -> None:
+    listed = sources_table([source(0), source(1)])
+    assert ListingCache(storage, "s").to_probe(listed).num_rows == 2
+    write_plan_part(storage, units_table([document_unit(0, [1])]), listed.slice(0, 1), "s")
+    assert ListingCache(storage, "s").to_probe(listed)["source_index"].to_pylist() == [1]
+
+
+@pytest.mark.parametrize("change", [{"size_bytes": 7}, {"version_tag": "v2"}])
+def test_a_changed_source_is_planned_again_in_its_old_place(storage: Storage, change: dict) -> None:
+    plan(storage, [document_unit(0, [1]), document_unit(1, [1])])
+    fresh = ListingCache(storage, "s").to_probe(sources_table([source(0, source_uri="/new"), source(1) | change]))
+    assert fresh["source_uri"].to_pylist() == ["/new", "/in/1.pdf"]
+    assert fresh["source_index"].to_pylist() == [2, 1]
+    write_plan_part(storage, units_table([document_unit(2, [1]), document_unit(1, [1, 2], doc="changed")]), fresh, "s")
+    rows = [row for table in read_plan(storage) for row in table.to_pylist()]
+    assert [(row["source_index"], row["page_numbers"]) for row in rows] == [(0, [1]), (1, [1, 2]), (2, [1])]
+
+
+def test_other_settings_plan_every_source_again(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1])], settings="old")
+    fresh = ListingCache(storage, "new").to_probe(sources_table([source(0)]))
+    assert fresh["source_index"].to_pylist() == [0]
+
+
+def test_the_same_file_with_other_pages_is_another_source(storage: Storage) -> None:
+    listed = sources_table([source(0), source(1, source_uri="/in/0.pdf", size_bytes=100, page_ranges="1-2"), source(0)])
+    assert ListingCache(storage, "s").to_probe(listed)["source_index"].to_pylist() == [0, 1]
+
+
+def test_a_source_whose_failure_may_pass_is_probed_again_and_a_damaged_one_is_not(storage: Storage) -> None:
+    plan(storage, [failed_unit(0, "unreadable", retryable=True), failed_unit(1, "damaged")])
+    fresh = ListingCache(storage, "s").to_probe(sources_table([source(0), source(1)]))
+    assert fresh["source_index"].to_pylist() == [0]
+
+
+def test_passwords_are_found_again_by_their_place_in_the_plan(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1]), document_unit(1, [1])])
+    cache = ListingCache(storage, "s")
+    listed = sources_table([source(1) | {"source_index": 0, "password": "x"}, source(0) | {"source_index": 1}])
+    assert cache.to_probe(listed).num_rows == 0
+    assert cache.passwords(listed) == {1: "x"}
+
+
+def test_a_plan_read_with_small_batches_loses_nothing(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.plan.SOURCES_AT_ONCE", 3)
+    for start in range(0, 40, 4):
+        plan(storage, [document_unit(index, [1]) for index in range(start, start + 4)])
+    plan(storage, [document_unit(index, [1, 2]) for index in range(0, 40, 5)])
+    assert len(storage.list(PLAN)) == 11
+    rows = [row for table in read_plan(storage) for row in table.to_pylist()]
+    assert [row["source_index"] for row in rows] == list(range(40))
+    assert [len(row["page_numbers"]) for row in rows] == [2 if index % 5 == 0 else 1 for index in range(40)]
+
+
+def test_an_empty_run_has_an_empty_plan(storage: Storage) -> None:
+    assert list(read_plan(storage)) == []
+    assert owed(storage) == []
+    assert count_plan(read_plan(storage)).sources == 0
+    assert ListingCache(storage, "s").to_probe(sources_table([])).num_rows == 0
+    assert isinstance(PlanReader(storage), PlanReader)
+    assert pa.concat_tables([sources_table([])]).num_rows == 0
