@@ -126,8 +126,8 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
     from jobs.summary import print_summary
     from pipeline.runner import run
 
-    with own_terminal() as (terminal, log):
-        display = _display(terminal, quiet=quiet, as_json=as_json)
+    with own_terminal() as (output, terminal, log):
+        display = _display(output, terminal, quiet=quiet, as_json=as_json)
         try:
             summary = run(spec, display)
         except PagereelError as error:
@@ -137,9 +137,9 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
         finally:
             if isinstance(display, LiveDisplay):
                 display.close()
-    if isinstance(display, JsonDisplay):
-        display.emit("summary", **summary.as_dict())
-    else:
+        if isinstance(display, JsonDisplay):
+            display.emit("summary", **summary.as_dict())
+    if not as_json:
         print_summary(summary)
     if not summary.complete:
         return EXIT_INCOMPLETE
@@ -148,9 +148,11 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
     return EXIT_DONE
 
 
-def _display(terminal: TextIO, *, quiet: bool, as_json: bool) -> JsonDisplay | LiveDisplay | PlainDisplay:
+def _display(
+    output: TextIO, terminal: TextIO, *, quiet: bool, as_json: bool
+) -> JsonDisplay | LiveDisplay | PlainDisplay:
     if as_json:
-        return JsonDisplay()
+        return JsonDisplay(output)
     if terminal.isatty() and not quiet and os.environ.get("TERM") != "dumb":
         return LiveDisplay(terminal)
     return PlainDisplay(terminal, quiet=quiet)

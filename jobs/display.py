@@ -14,6 +14,8 @@ from rich.text import Text
 from pipeline.progress import Progress
 
 PLAIN_INTERVAL_SECONDS = 10.0
+SILENCE_SECONDS = 60.0
+"""Without news a line still comes this often: a sign of life in a log."""
 JSON_INTERVAL_SECONDS = 2.0
 
 
@@ -77,6 +79,7 @@ class PlainDisplay:
         self._stream = stream or sys.stderr
         self._quiet = quiet
         self._last = time.monotonic()
+        self._last_done = 0
 
     def note(self, message: str) -> None:
         """Write a note."""
@@ -87,9 +90,10 @@ class PlainDisplay:
     def progress(self, progress: Progress) -> None:
         """Write how far the run is."""
         now = time.monotonic()
-        if self._quiet or progress.phase != "run" or now - self._last < PLAIN_INTERVAL_SECONDS:
+        wait = PLAIN_INTERVAL_SECONDS if progress.done != self._last_done else SILENCE_SECONDS
+        if self._quiet or progress.phase != "run" or now - self._last < wait:
             return
-        self._last = now
+        self._last, self._last_done = now, progress.done
         self.note(counts_line(progress))
 
 

@@ -13,6 +13,11 @@ from pipeline.accounting import Accounting
 from pipeline.runner import PlanReport, RunSummary
 
 
+def _console() -> Console:
+    # A pipe has no width: rich would break every line at 80 characters.
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+
+
 def _grid() -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -40,7 +45,7 @@ def print_summary(summary: RunSummary) -> None:
     if summary.cost is not None:
         per_million = summary.cost_per_million_pages
         table.add_row("cost", f"{summary.cost:.4f}" + (f", {per_million:.2f} per million pages" if per_million else ""))
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console()
     console.print(table)
     console.print(Text(_identity(summary), style="green" if summary.complete else "bold red"))
     for problem in summary.problems:
@@ -94,7 +99,7 @@ def print_status(accounting: Accounting, run: str, *, as_json: bool) -> None:
     table = _grid()
     for name, value in accounting.table():
         table.add_row(name, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+    _console().print(table)
 
 
 def print_plan(report: PlanReport, *, as_json: bool) -> None:
@@ -126,7 +131,7 @@ def print_plan(report: PlanReport, *, as_json: bool) -> None:
     table.add_row("rows owed", f"{counts.records} ({_counts(dict(counts.records_by_kind))})")
     if report.passed_over:
         table.add_row("passed over", f"{report.passed_over} files that are no documents or videos by their names")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = _console()
     console.print(table)
     console.print(_steps_table(report.steps))
 

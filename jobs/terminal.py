@@ -10,26 +10,30 @@ from typing import TextIO
 
 
 @contextlib.contextmanager
-def own_terminal() -> Iterator[tuple[TextIO, Path]]:
-    """Redirect file descriptor 2 to a log file; yield a stream to the real standard error, and the log's path.
+def own_terminal() -> Iterator[tuple[TextIO, TextIO, Path]]:
+    """Redirect file descriptors 1 and 2 to a log file; yield streams to the real output and error, and the log's path.
 
-    Ray's core worker and raylet write to the descriptor directly, whatever Python's logging is told.
-    The log is removed at the end unless an exception passes, or something was written that a person should see.
+    Ray's core worker and raylet write to the descriptors directly, whatever Python's logging is told. The log is
+    removed at the end unless an exception passes.
     """
+    sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(2)
     handle, name = tempfile.mkstemp(prefix="pagereel-", suffix=".log")
     path = Path(name)
-    os.dup2(handle, 2)
+    streams = [os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8", errors="replace") for number in (1, 2)]
+    for number in (1, 2):
+        os.dup2(handle, number)
     os.close(handle)
     failed = True
-    terminal = os.fdopen(saved, "w", buffering=1, encoding="utf-8", errors="replace")
     try:
-        yield terminal, path
+        yield streams[0], streams[1], path
         failed = False
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(terminal.fileno(), 2)
-        terminal.flush()
+        for number, stream in zip((1, 2), streams, strict=True):
+            stream.flush()
+            os.dup2(stream.fileno(), number)
+            stream.close()
         if not failed:
             path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from operators.base import OperatorConfig
 from schemas.errors import FetchError
+from schemas.ids import canonical_json
 
 CHUNK_BYTES: Final = 8 * 1024 * 1024
 FORBIDDEN_STATUSES: Final = {401, 403, 407}
@@ -78,6 +79,51 @@ def local_copy(
             archive = stack.enter_context(local_copy(address, None, config))
             extract_member(archive, member, target, config.max_source_bytes)
         yield target
+
+
+class KeptCopy:
+    """Keeps the local copy of the source that was asked for last: the units of a source follow one another.
+
+    The bytes are checked against the hash that they were planned under, once for each copy and for each state of a
+    local file, so that no row is stored under the key of other bytes.
+    """
+
+    def __init__(self, config: FetchConfig) -> None:
+        self.config = config
+        self._stack = contextlib.ExitStack()
+        self._held: tuple[str, str | None] | None = None
+        self._path = Path()
+        self._checked: tuple[int, int] | None = None
+
+    def path_of(self, source_uri: str, source_ref: Mapping[str, Any] | None, doc_id: str | None) -> Path:
+        """Return the local path of a source; it stays valid until the next call or `close`.
+
+        Args:
+            source_uri: as `local_copy` takes it.
+            source_ref: as `local_copy` takes it.
+            doc_id: sha256 of the bytes as they were planned; None checks nothing.
+
+        Raises:
+            FetchError: as `local_copy`; `unreadable` and retryable when the bytes are others than were planned.
+        """
+        wanted = (canonical_json([source_uri, source_ref]), doc_id)
+        if wanted != self._held:
+            self.close()
+            self._path = self._stack.enter_context(local_copy(source_uri, source_ref, self.config))
+            self._held = wanted
+        check_local_file(self._path)
+        found = self._path.stat()
+        state = (found.st_size, found.st_mtime_ns)
+        if doc_id is not None and state != self._checked:
+            if sha256_of(self._path) != doc_id:
+                raise FetchError(f"{without_secrets(source_uri)}: changed since it was planned", retryable=True)
+            self._checked = state
+        return self._path
+
+    def close(self) -> None:
+        """Remove the copy."""
+        self._stack.close()
+        self._held = self._checked = None
 
 
 def sha256_of(path: Path) -> str:

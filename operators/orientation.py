@@ -250,7 +250,23 @@ def _quarter_turn(gray: Image, small: Image, side_px: float) -> Orientation:
     clockwise, counter = _readings(crops)
     if max(clockwise, counter) < MIN_READING or abs(clockwise - counter) < READING_MARGIN:
         return UNKNOWN
+    if counter > clockwise and _stands_in_columns(crops):
+        return UNKNOWN
     return Orientation(90 if clockwise > counter else 270, skew_degrees, max(clockwise, counter))
+
+
+def _stands_in_columns(crops: list[Image]) -> bool:
+    """Return whether single characters of lines, cut from a page turned clockwise, read best as they stood before.
+
+    The recogniser has learned vertical Chinese as lines turned counter-clockwise, so reading such a line proves
+    nothing; its characters one by one do.
+    """
+    side = CROP_HEIGHT_PX
+    cells = [crop[:, left : left + side] for crop in crops[:6] for left in range(0, crop.shape[1] - side + 1, side)]
+    standing, turned = (
+        _reading([np.ascontiguousarray(np.rot90(cell, quarters)) for cell in cells]) for quarters in (1, 2)
+    )
+    return standing > turned
 
 
 def _line_crops(gray: Image, small: Image, skew_degrees: float, side_px: float) -> list[Image]:

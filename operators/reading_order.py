@@ -241,8 +241,10 @@ def _paragraphs(
         group = groups[-1] if groups else []
         # The first continuation line of a list item hangs: it is indented, and begins nothing.
         hangs = len(group) == 1 and group[0][0] in item_lines
-        goes_on = group and row[0] not in item_lines
-        if goes_on and _continues(_widest(boxes, group[-1]), _widest(boxes, row), left, right, hangs, gap):
+        previous = _widest(boxes, group[-1]) if group else None
+        is_table = bool(group) and len(row) > 1 and len(group[-1]) > 1
+        goes_on = previous and _continues(previous, _widest(boxes, row), left, right, hangs, gap)
+        if is_table or (goes_on and row[0] not in item_lines):
             group.append(row)
         else:
             groups.append([row])

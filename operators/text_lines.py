@@ -31,9 +31,11 @@ REACH_COLUMNS: Final = 4
 SURE_SCORE: Final = 0.95
 """Seen: lines of clean Latin and Chinese print 0.96 and more, Cyrillic read as Latin 0.75 to 0.88."""
 WORD_GAP: Final = 0.16
-"""Least white space between words, in line heights; in a line that was read with spaces, nearly as much as they have."""
-GUTTER_GAP: Final = 1.2
+"""Least white space between words, in line heights; a line that was read with spaces sets its own measure."""
+GUTTER_GAP: Final = 0.5
 """Least white space, in line heights, that parts two columns which the detector took for one line."""
+GUTTER_STARTS: Final = 3
+"""Lines that must begin at the far side of such a gap: Chinese print is often spaced as widely."""
 
 _WORD = re.compile(r"[^\W_]{3,}")
 _CHANGES_CASE = re.compile(r"[a-z]{1}[A-Z]")
@@ -101,8 +103,9 @@ class LineReader:
         if not found:
             return []
         whole = self._engine.get_crop_img_list(picture, found)
+        starts = np.array([polygon[0, 0] for polygon in found], np.float32)
         polygons = [
-            part for polygon, crop in zip(found, whole, strict=True) for part in split_at_gutters(polygon, crop)
+            part for polygon, crop in zip(found, whole, strict=True) for part in split_at_gutters(polygon, crop, starts)
         ]
         crops = self._engine.get_crop_img_list(picture, polygons)
         readings, _ = self._engine.text_rec(crops, return_word_box=True)
@@ -148,23 +151,27 @@ def _windows(height: int, width: int) -> list[tuple[int, int, float, float]]:
     return [(top, top + side, cuts[n], cuts[n + 1]) for n, top in enumerate(tops)]
 
 
-def split_at_gutters(polygon: Polygon, crop: Image) -> list[Polygon]:
-    """Return `polygon`, cut wherever its line `crop` shows a gap as wide as a gutter between two pieces of text.
+def split_at_gutters(polygon: Polygon, crop: Image, starts: NDArray[np.float32]) -> list[Polygon]:
+    """Return `polygon`, cut where its line `crop` shows a gap at whose far side other lines begin.
 
     Args:
         polygon: (4, 2), corners clockwise from the top left.
         crop: (H, W, 3) uint8, what the polygon encloses, level.
+        starts: x positions at which the lines of the page begin.
     """
     height, width = crop.shape[:2]
     inked = np.flatnonzero(_ink_counts(crop) > 0)
     if width < 4 * height or len(inked) < 2:
         return [polygon]
+    left, right = polygon[0, 0], polygon[1, 0]
     gaps = np.diff(inked)
     # A bullet is nearer to its item than to a column of its own.
     cuts = [
         (inked[n] + inked[n + 1]) / 2 / width
         for n in np.flatnonzero(gaps > GUTTER_GAP * height)
-        if inked[n] - inked[0] > height and inked[-1] - inked[n + 1] > height
+        if inked[n] - inked[0] > height
+        and inked[-1] - inked[n + 1] > height
+        and (abs(starts - (left + inked[n + 1] / width * (right - left))) < 0.6 * height).sum() >= GUTTER_STARTS
     ]
     shares = [0.0, *cuts, 1.0]
     top, bottom = (polygon[0], polygon[1]), (polygon[3], polygon[2])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -37,6 +38,8 @@ BLOCK_BYTES = 32 * 2**20
 
 TASK_RETRIES = 3
 NO_PROGRESS_SECONDS = 900
+
+NAMED_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): \S")
 
 RAY_ERRORS = (ray.exceptions.RayError, UserCodeException, SystemException, ExecutionTimeoutError)
 """What ends an attempt: a dead worker that did not come back, or an exception in a worker that no guard could take."""
@@ -132,17 +135,23 @@ def cluster_gpus() -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return in one line what went wrong inside a Ray error."""
-    cause: BaseException = error
-    for _ in range(10):
-        inner = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(inner, BaseException):
-            break
-        cause = inner
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    # Ray prints the worker's traceback into the message; its last plain line names the exception.
-    named = [line for line in lines if ": " in line and not line.startswith(("File ", "ray::"))]
-    return f"{type(cause).__name__}: {(named or lines or ['no message'])[-1][:500]}"
+    """Return in one line what went wrong inside a Ray error.
+
+    Ray wraps the worker's exception several times over, and prints its traceback into messages; the last line that
+    names an exception is the one that a person can act on.
+    """
+    named: list[str] = []
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if not isinstance(found, BaseException) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        named += [line.strip() for line in str(found).splitlines() if NAMED_EXCEPTION.match(line.strip())]
+        waiting += [found.__context__, found.__cause__, getattr(found, "cause", None)]
+    lines = named or [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1].strip()[:500]
 
 
 def run_flow(flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter") -> Iterator[pa.Table]:

@@ -147,3 +147,49 @@ class KeySet:
         places[places == len(self._keys)] = 0
         found: npt.NDArray[np.bool_] = self._keys[places] == wanted
         return found
+
+
+NEVER = bytes(KEY_BYTES)
+"""A version that no source has."""
+
+
+class SourceIndex:
+    """A map from a source's 16-byte name to its index and 16-byte version: 40 bytes each; the last one put stays."""
+
+    def __init__(self) -> None:
+        self._recent: dict[bytes, tuple[int, bytes]] = {}
+        self._names = np.empty(0, dtype=f"S{KEY_BYTES}")
+        self._versions = np.empty(0, dtype=f"S{KEY_BYTES}")
+        self._indexes = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        self._fold()
+        return len(self._names)
+
+    def put(self, name: bytes, index: int, version: bytes) -> None:
+        """Note a source, in place of what was noted for its name."""
+        self._recent[name] = (index, version)
+        if len(self._recent) >= max(FOLD_AT, len(self._names) // FOLD_SHARE):
+            self._fold()
+
+    def get(self, name: bytes) -> tuple[int, bytes] | None:
+        """Return index and version of a source."""
+        if name in self._recent:
+            return self._recent[name]
+        wanted = np.array(name, dtype=self._names.dtype)
+        place = int(np.searchsorted(self._names, wanted))
+        if place == len(self._names) or self._names[place] != wanted:
+            return None
+        # numpy drops zero bytes at the end of a byte string.
+        return int(self._indexes[place]), bytes(self._versions[place]).ljust(KEY_BYTES, b"\0")
+
+    def _fold(self) -> None:
+        if not self._recent:
+            return
+        newest = list(self._recent.values())
+        names = np.concatenate([np.array(list(self._recent), dtype=self._names.dtype), self._names])
+        versions = np.concatenate([np.array([v for _, v in newest], dtype=self._versions.dtype), self._versions])
+        indexes = np.concatenate([np.array([i for i, _ in newest], dtype=np.int64), self._indexes])
+        self._names, chosen = np.unique(names, return_index=True)
+        self._versions, self._indexes = versions[chosen], indexes[chosen]
+        self._recent.clear()

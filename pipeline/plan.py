@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from operators.base import require_columns
-from pipeline.key_index import KeySet, short_key
+from pipeline.key_index import NEVER, KeySet, SourceIndex, short_key
 from pipeline.ledger import Again, Clock, CommittedRecords, parquet_bytes, utc_now
 from pipeline.storage import Storage
 from schemas.errors import ContractError
@@ -133,6 +133,10 @@ class PlanReader:
         """Number of sources."""
         return int(np.count_nonzero(self._newest >= 0))
 
+    def is_planned(self, source_index: int) -> bool:
+        """Return whether there is a source of this index."""
+        return source_index < len(self._newest) and bool(self._newest[source_index] >= 0)
+
     @property
     def next_source_index(self) -> int:
         """The smallest index above all planned ones."""
@@ -234,57 +238,58 @@ class ListingCache:
     """Tells which listed sources are planned already, so that they are not opened again.
 
     A source is known by uri, archive member, page ranges and time range. It is planned when its newest part saw the
-    same size and version tag under the same settings, and met no error that may pass by itself.
+    same size and version tag under the same settings, and met no error that may pass by itself. Holds about 40 bytes
+    a source.
     """
 
     def __init__(self, storage: Storage, settings_digest: str) -> None:
         self._settings_digest = settings_digest
+        self._known = SourceIndex()
         reader = PlanReader(storage)
+        self._planned_below = reader.next_source_index
+        self._is_planned = reader.is_planned
         self._next_index = reader.next_source_index
-        self._planned: dict[bytes, tuple[int, bytes | None]] = {}
         for table in reader:
             self._remember(table)
-        self._taken = {index for index, _ in self._planned.values()}
 
     def __len__(self) -> int:
-        return len(self._planned)
+        return len(self._known)
 
     def to_probe(self, listed: pa.Table) -> pa.Table:
         """Return the SOURCE rows of `listed` that must be probed.
 
         A source that was planned before keeps its index; a new one keeps the one of the listing unless another source
-        has it, then it gets the next free one.
+        has it, then it gets the next free one. A source that is listed twice is taken once.
         """
         fresh: list[dict[str, Any]] = []
         for row in listed.to_pylist():
             name, version = _source_name(row), _source_version(row, self._settings_digest)
-            known = self._planned.get(name)
+            known = self._known.get(name)
             if known is not None and known[1] == version:
                 continue
             row["source_index"] = known[0] if known else self._free_index(row["source_index"])
-            self._planned[name] = (row["source_index"], version)
+            self._known.put(name, row["source_index"], version)
             fresh.append(row)
         return pa.Table.from_pylist(fresh, schema=listed.schema)
 
     def passwords(self, listed: pa.Table) -> dict[int, str]:
         """Return the passwords of listed sources by the `source_index` that they have in the plan."""
-        with_password = listed.filter(pc.is_valid(listed["password"]))
-        return {
-            self._planned[name][0]: row["password"]
-            for row in with_password.to_pylist()
-            if (name := _source_name(row)) in self._planned
-        }
+        found = {}
+        for row in listed.filter(pc.is_valid(listed["password"])).to_pylist():
+            known = self._known.get(_source_name(row))
+            if known is not None:
+                found[known[0]] = row["password"]
+        return found
 
     def _remember(self, table: pa.Table) -> None:
         for row in table.select(["source_index", "source_name", "source_version", "error"]).to_pylist():
             retry = row["error"] is not None and row["error"]["retryable"]
-            self._planned[row["source_name"]] = (row["source_index"], None if retry else row["source_version"])
+            self._known.put(row["source_name"], row["source_index"], NEVER if retry else row["source_version"])
 
     def _free_index(self, wanted: int) -> int:
-        index = wanted
-        if wanted in self._taken:
-            index = self._next_index
-        self._taken.add(index)
+        # Listings count upwards: below `_next_index` and above the plan, this listing has taken every index it passed.
+        taken = wanted < self._next_index if wanted >= self._planned_below else self._is_planned(wanted)
+        index = self._next_index if taken else wanted
         self._next_index = max(self._next_index, index + 1)
         return index
 

@@ -22,7 +22,7 @@ from pipeline.progress import Observer, Progress, Silent
 from pipeline.publish import publish, published_tables, read_manifest, write_run_row
 from pipeline.reading import Reading, choose_reading
 from pipeline.runfile import check_same_settings, write_run_file
-from pipeline.source import Listing, list_sources
+from pipeline.source import Listing, check_inputs, list_sources
 from pipeline.spec import RunSpec, make_spec
 from pipeline.storage import Storage
 from pipeline.versions import versions
@@ -147,6 +147,7 @@ def plan(spec: RunSpec) -> PlanReport:
     Raises:
         ConfigError: the spec cannot run as written.
     """
+    check_inputs(spec.inputs)
     reading = choose_reading(spec)
     config = compose(spec, reading, run_uri="-", run_id="plan", worker_count=1, gpu_count=1)
     listing, counts, errors = Listing(), PlanCounts(), Counter[str]()
@@ -212,6 +213,7 @@ class _Run:
 
     def go(self) -> RunSummary:
         started = time.perf_counter()
+        check_inputs(self.spec.inputs)
         self.reading = choose_reading(self.spec)
         self.storage = Storage(self.spec.output)
         self.storage.probe_writable()

@@ -66,6 +66,23 @@ def list_sources(inputs: Iterable[str], options: dict[str, Any], counts: Listing
         yield rows_to_table(held, SOURCE)
 
 
+def check_inputs(inputs: Iterable[str]) -> None:
+    """Refuse local inputs that do not exist, before anything starts; URLs are looked at when they are listed.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    for given in inputs:
+        path = Path(given).expanduser()
+        if "://" in given or path.exists():
+            continue
+        if not glob.has_magic(given):
+            kind = "manifest" if path.suffix.lower() in MANIFEST_SUFFIXES else "input"
+            raise ConfigError(f"{kind} {given!r} does not exist")
+        if next(glob.iglob(str(path), recursive=True), None) is None:
+            raise ConfigError(f"input {given!r} matches no file")
+
+
 def _rows(inputs: Iterable[str], counts: Listing) -> Iterator[dict[str, Any]]:
     for given in inputs:
         if Path(given).suffix.lower() in MANIFEST_SUFFIXES and not glob.has_magic(given):

@@ -155,7 +155,7 @@ class Storage:
         if self.is_local:
             return pa.OSFile(self.path(name))
         if ranges:
-            return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"))
+            return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"), mode="r")
         return pa.BufferReader(self.get(name))
 
     def delete_temporaries(self) -> int:

@@ -13,7 +13,7 @@ from pydantic import Field
 from operators.base import Operator, OperatorConfig, rows_to_table
 from operators.decode.box import BoxLimits, DecoderBox, remade_error
 from operators.decode.pages import Opened, PageOptions, PageStep, TextVerdict
-from operators.fetch import FetchConfig, local_copy
+from operators.fetch import FetchConfig, KeptCopy
 from operators.orientation import find_orientation, hull_size, upright
 from schemas.errors import ContractError, DecodeError, RecordError, error_struct
 from schemas.generation import DECODED, IDENTITY
@@ -85,6 +85,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
     def __init__(self, config: DecodeDocumentsConfig) -> None:
         super().__init__(config)
         self.box = DecoderBox(config.box)
+        self.copy = KeptCopy(config.fetch)
 
     def stream(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield one small table a page, so that no more than a page or two is held."""
@@ -94,8 +95,9 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                 yield from self._unit_tables(unit)
 
     def close(self) -> None:
-        """End the decoder process."""
+        """End the decoder process and remove the copy of the last source."""
         self.box.close()
+        self.copy.close()
 
     def _unit_tables(self, unit: dict[str, Any]) -> Iterator[pa.Table]:
         if unit["kind"] not in DECODER_OF_KIND:
@@ -107,11 +109,11 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
     def _pages(self, unit: dict[str, Any]) -> Iterator[_Page]:
         owed = deque(unit["page_numbers"])
         try:
-            with local_copy(unit["source_uri"], unit["source_ref"], self.config.fetch) as path:
-                for page in self._decoded(unit, path, owed):
-                    if self.config.correct_orientation and needs_turning(page, unit["kind"]):
-                        turn_upright(page)
-                    yield page
+            path = self.copy.path_of(unit["source_uri"], unit["source_ref"], unit["doc_id"])
+            for page in self._decoded(unit, path, owed):
+                if self.config.correct_orientation and needs_turning(page, unit["kind"]):
+                    turn_upright(page)
+                yield page
         except RecordError as error:
             for page_number in owed:
                 yield _Page(page_number, failure=error)

@@ -14,7 +14,8 @@ import decord
 import numpy as np
 from numpy.typing import NDArray
 
-from operators.decode.demux import OpenVideo, PacketIndex, decoded_frames, packets, rewind, seek
+from operators.decode.demux import OpenVideo, decoded_frames, packets, rewind, seek
+from operators.decode.packet_index import PacketIndex
 from schemas.errors import DecodeError
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ DECORD_MAX_FILE_BYTES: Final = 256_000_000
 SEEK_WORTH_FRAMES: Final = 4
 """Skipping at least so many frames by a seek is cheaper than decoding them."""
 
-EARLIER_KEY_FRAMES: Final = (0, 1, 2)
-"""Key frames, counted back from the nearest, that are tried when a frame does not come after a seek."""
+EARLIER_KEY_FRAMES: Final = (0, 1, 3, 10**9)
+"""Key frames, counted back from the nearest, that are tried when a frame does not come after a seek; the last is where
+the pass over the packets began."""
 
 
 class DecordFailedError(Exception):

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pymupdf
@@ -22,6 +22,9 @@ from operators.decode.pages import (
 )
 from schemas.errors import DecodeError, RecordError
 
+if TYPE_CHECKING:
+    from operators.decode.text_layer import TextLayer
+
 MEMORY_WORDS = re.compile(r"alloc\w* .*fail|out of memory|bad_alloc|cannot allocate", re.IGNORECASE | re.DOTALL)
 SIZE_WORDS = re.compile(r"overly large|too large", re.IGNORECASE)
 CIPHER_WORDS = re.compile(r"encrypt|password|crypt filter", re.IGNORECASE)
@@ -29,6 +32,14 @@ TITLE_CHARS = 500
 SHRINK_RSS_BYTES = 500_000_000
 """Above this, MuPDF's store of decoded images and fonts is emptied after a page (`store_size` answers None in
 PyMuPDF 2.0); below it, fonts and images that the next page shares are worth keeping."""
+
+
+class TextReader(Protocol):
+    """The shape of `read_text_layer`, which is imported late."""
+
+    def __call__(self, page: pymupdf.Page, *, layout: bool) -> "TextLayer":
+        """Return what the embedded text of `page` is worth."""
+
 
 pymupdf.TOOLS.mupdf_display_errors(False)
 pymupdf.TOOLS.mupdf_display_warnings(False)
@@ -63,6 +74,9 @@ def decode_pages(
     Raises:
         DecodeError: as `probe`.
     """
+    # Its imports take a second, which a probe need not pay and a page should not.
+    from operators.decode.text_layer import read_text_layer
+
     with open_pdf(path, password) as document:
         page_count = counted_pages(document)
         yield Opened(page_count)
@@ -70,7 +84,7 @@ def decode_pages(
             try:
                 if page_number > page_count:
                     raise missing_page(page_number, page_count)
-                yield from page_steps(document, page_number, options)
+                yield from page_steps(document, page_number, options, read_text_layer)
             except RecordError as error:
                 yield failed_step(page_number, error)
             if memory_usage()["rss_bytes"] > SHRINK_RSS_BYTES:
@@ -118,7 +132,9 @@ def counted_pages(document: pymupdf.Document) -> int:
     return page_count
 
 
-def page_steps(document: pymupdf.Document, page_number: int, options: PageOptions) -> Iterator[PageStep]:
+def page_steps(
+    document: pymupdf.Document, page_number: int, options: PageOptions, read_text_layer: TextReader
+) -> Iterator[PageStep]:
     """Yield the steps of one page: its size, its text layer, and its pixels if it has to be read.
 
     Raises:
@@ -132,7 +148,7 @@ def page_steps(document: pymupdf.Document, page_number: int, options: PageOption
     facts = {"page_count": document.page_count, "page_width_pt": width_pt, "page_height_pt": height_pt}
     yield PageStep(page_number, facts)
 
-    verdict, text_facts = judge_text(page, options.layout)
+    verdict, text_facts = judge_text(page, options.layout, read_text_layer)
     skip = options.render == "never" or (options.render == "untrusted" and verdict.trustworthy)
     yield PageStep(page_number, text_facts, verdict, is_last=skip)
     if skip:
@@ -156,11 +172,8 @@ def page_steps(document: pymupdf.Document, page_number: int, options: PageOption
     )
 
 
-def judge_text(page: pymupdf.Page, layout: bool) -> tuple[TextVerdict, dict[str, Any]]:
+def judge_text(page: pymupdf.Page, layout: bool, read_text_layer: TextReader) -> tuple[TextVerdict, dict[str, Any]]:
     """Return the verdict on the page's text layer, and its `PAGE_FACTS` columns; unreadable text is no text."""
-    # Its layout model takes a second to load, which a probe need not pay.
-    from operators.decode.text_layer import read_text_layer
-
     try:
         found = read_text_layer(page, layout=layout)
     except RecordError:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from operators.decode.child import error_fields
-from operators.decode.demux import OpenVideo, PacketIndex, index_range, open_video
+from operators.decode.demux import OpenVideo, open_video
 from operators.decode.frames import DecordFailedError, FrameReader, PyavReader, choose_reader
+from operators.decode.packet_index import PacketIndex, index_range
 from operators.decode.video_options import SegmentOptions
 from operators.minicpmv.slicing import SlicedImage, slice_image
 from operators.minicpmv.temporal import ClipImage, Timeline, composite, plan_clip, temporal_ids

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import pymupdf
-import pymupdf.layout
+import pymupdf.layout  # its import gives `Page.get_layout` its model
 from numpy.typing import NDArray
 
 from operators.decode.reading_order import reading_order
@@ -21,7 +21,7 @@ from schemas.errors import DecodeError
 from schemas.vocabulary import BLOCK_LABELS
 
 MAX_LAYOUT_LINES: Final = 4000
-"""The model's graph grows with the lines: 1100 of them take 2 to 4 s (measured); a page of noise must not take hours."""
+"""The model's graph grows with the lines: 1100 of them take 2 to 4 s (measured); noise must not take hours."""
 _CELL_GAP_SIZES: Final = 0.9
 _HEADING_LEVELS: Final = (2, 3, 4)
 

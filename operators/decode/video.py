@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import av
 
-from operators.decode.demux import MIME_TYPE_OF_FORMAT, OpenVideo, last_end_seconds, open_video, rewind, scan_file
+from operators.decode.demux import MIME_TYPE_OF_FORMAT, OpenVideo, open_video, rewind
+from operators.decode.packet_index import last_end_seconds, scan_file
 from operators.decode.video_options import VideoLimits
 from schemas.errors import DecodeError
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Generic, TypeVar
 
@@ -121,7 +121,7 @@ class BatchEngine(Generic[V, S]):
 
     def _run_or_halve(self, requests: list[Request[V]]) -> list[Outcome]:
         try:
-            return list(self._run(requests))
+            return self._run(requests)
         except RecordError as error:
             if len(requests) == 1:
                 return [error]
@@ -135,7 +135,7 @@ class BatchEngine(Generic[V, S]):
         middle = len(requests) // 2
         return self._run_or_halve(requests[:middle]) + self._run_or_halve(requests[middle:])
 
-    def _run(self, requests: list[Request[V]]) -> Iterator[Completion]:
+    def _run(self, requests: list[Request[V]]) -> list[Outcome]:
         began = time.perf_counter()
         running = [self._start(request) for request in requests]
         logits, state = self.model.prefill(
@@ -154,8 +154,7 @@ class BatchEngine(Generic[V, S]):
         completions = [sequence.completion() for sequence in running]
         seconds = time.perf_counter() - began
         total = sum(completion.output_tokens for completion in completions)
-        for completion in completions:
-            yield replace(completion, batch_seconds=seconds, batch_tokens=total)
+        return [replace(completion, batch_seconds=seconds, batch_tokens=total) for completion in completions]
 
     def _start(self, request: Request[V]) -> Running[V]:
         room = self.model.max_positions - len(request.prompt_ids)

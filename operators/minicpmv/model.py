@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, NoReturn
 import torch
 from torch import Tensor
 from transformers import DynamicCache, MiniCPMV4_6ForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from operators.minicpmv.config import ModelConfig, read_model_config
 from operators.minicpmv.patches import Visual, pack_patches
@@ -183,6 +184,8 @@ def load_network(folder: Path, dtype: torch.dtype, attention: Attention) -> Any:
         ConfigError: the weights are not safetensors, or do not match the model.
     """
     require_safetensors(folder)
+    # A worker has no terminal: its bars would be lines in somebody's log.
+    transformers_logging.disable_progress_bar()
     try:
         network, found = MiniCPMV4_6ForConditionalGeneration.from_pretrained(
             folder,

@@ -14,7 +14,7 @@ impossible boxes, plain Markdown instead of JSON) is `salvaged`; an answer with 
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,6 +42,8 @@ _LATEX_AFTER_ESCAPE: Final = re.compile(
     r"|t(?:heta|imes|au|an|anh|ext|extbf|extit|extrm|frac|ilde|riangle|op)(?![a-z])"
 )
 _FIELD: Final = re.compile(r'"(label|bbox|text)"\s*:\s*')
+_LIST_START: Final = re.compile(r"[-*+]\s+|\(?\d{1,3}[.)]\s+")
+_REGION_START: Final = re.compile(r"```|<table|\$\$|#{1,6}\s|!\[|\||[-*+]\s+|\(?\d{1,3}[.)]\s+", re.I)
 _DECODER: Final = json.JSONDecoder(strict=False)
 
 
@@ -302,11 +304,7 @@ def _region_at(lines: list[str], index: int) -> tuple[str, int]:
     return label, stop
 
 
-_LIST_START: Final = re.compile(r"[-*+]\s+|\(?\d{1,3}[.)]\s+")
-_REGION_START: Final = re.compile(r"```|<table|\$\$|#{1,6}\s|!\[|\||[-*+]\s+|\(?\d{1,3}[.)]\s+", re.I)
-
-
-def _until(lines: list[str], index: int, is_last: Any) -> int:
+def _until(lines: list[str], index: int, is_last: Callable[[str], bool]) -> int:
     while index < len(lines):
         index += 1
         if is_last(lines[index - 1]):

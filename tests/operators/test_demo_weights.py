@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from operators.minicpmv import weights
-from operators.minicpmv.demo import demo_tokenizer, demo_weights, fill, write_demo_model
+from operators.minicpmv.demo import demo_tokenizer, fill, write_demo_model
 from operators.minicpmv.model import load_network
 from operators.minicpmv.weights import hash_weights, locate_model, resolve_model
 from schemas.errors import ConfigError
@@ -196,8 +196,3 @@ def test_names_of_older_files_and_unused_tensors_are_understood(folder):
     found = load_network(folder, torch.float32, "sdpa").state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_weights_do_not_explode():
-    values = demo_weights(269, {"turn_end": 265})
-    assert all(np.isfinite(value).all() and np.abs(value).max() < 6 for value in values.values())

@@ -1,5 +1,7 @@
 """Units of documents to pages."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pymupdf
@@ -10,6 +12,7 @@ from operators.base import rows_to_table
 from operators.decode.box import BoxLimits
 from operators.decode.documents import DecodeDocuments, DecodeDocumentsConfig, choose_route, page_options
 from operators.decode.pages import TextVerdict
+from operators.fetch import sha256_of
 from schemas.errors import ContractError, DecodeError, error_struct
 from schemas.generation import DECODED
 from schemas.source import UNIT
@@ -43,7 +46,7 @@ def unit_of(path, page_numbers, kind="pdf", **columns):
         "source_index": 7,
         "source_uri": str(path),
         "task": "ocr",
-        "doc_id": "d",
+        "doc_id": sha256_of(path) if Path(path).exists() else None,
         "kind": kind,
         "page_count": len(page_numbers),
         "page_numbers": list(page_numbers),
@@ -151,6 +154,12 @@ def test_a_source_that_is_gone_is_an_error_for_each_page(decode, tmp_path):
     assert [row["error"]["stage"] for row in rows] == ["fetch", "fetch"]
 
 
+def test_a_source_that_changed_since_it_was_planned_is_an_error_for_each_page(decode, mixed):
+    rows = decode(unit_of(mixed, [1, 2], doc_id="0" * 64))
+    assert [row["error"]["error_code"] for row in rows] == ["unreadable", "unreadable"]
+    assert "changed" in rows[0]["error"]["message"]
+
+
 def test_a_document_that_cannot_be_opened_is_an_error_for_each_page(decode, tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.7 garbage")
     rows = decode(unit_of(tmp_path / "a.pdf", [1, 2]))
@@ -159,7 +168,7 @@ def test_a_document_that_cannot_be_opened_is_an_error_for_each_page(decode, tmp_
 
 def test_a_page_that_hangs_is_one_row_and_the_others_come(decode, tmp_path):
     path = bomb(tmp_path / "a.pdf", "oxo")
-    rows = decode(unit_of(path, [1, 2, 3]), page_timeout_seconds=2.0)
+    rows = decode(unit_of(path, [1, 2, 3]), page_timeout_seconds=3.0)
     assert [row["error"] and row["error"]["error_code"] for row in rows] == [None, "time_limit", None]
     assert rows[1]["page_width_pt"] == 612
     assert [row["route"] for row in rows] == ["none", None, "none"]
@@ -168,7 +177,7 @@ def test_a_page_that_hangs_is_one_row_and_the_others_come(decode, tmp_path):
 
 def test_after_three_deaths_the_rest_of_the_unit_is_not_tried(decode, tmp_path):
     path = bomb(tmp_path / "a.pdf", "xoxxoo")
-    rows = decode(unit_of(path, range(1, 7)), page_timeout_seconds=2.0)
+    rows = decode(unit_of(path, range(1, 7)), page_timeout_seconds=3.0)
     assert [row["error"] and row["error"]["error_code"] for row in rows] == [
         "time_limit", None, "time_limit", "time_limit", "time_limit", "time_limit",
     ]  # fmt: skip
@@ -182,8 +191,7 @@ def test_a_page_that_was_planned_and_is_missing_is_one_row(decode, mixed):
 
 
 def test_a_decoder_without_memory_is_a_capacity_error(decode, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (9000, 9000, 3), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "a.png", compress_level=0)
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "a.png", compress_level=1)
     box = BoxLimits(address_space_bytes=600_000_000)
     [row] = decode(unit_of(tmp_path / "a.png", [1], kind="image"), box=box)
     assert row["error"]["error_code"] == "memory_limit"
@@ -192,7 +200,7 @@ def test_a_decoder_without_memory_is_a_capacity_error(decode, tmp_path):
 
 
 def test_an_image_is_a_page_to_be_read(decode, tmp_path):
-    Image.new("RGB", (300, 200), "teal").crop((0, 0, 300, 200)).save(tmp_path / "a.png")
+    Image.new("RGB", (300, 200), "teal").save(tmp_path / "a.png")
     picture = Image.new("RGB", (300, 200), "white")
     picture.paste("black", (100, 50, 150, 150))
     picture.save(tmp_path / "b.png", dpi=(100, 100))

@@ -11,7 +11,7 @@ import zipfile
 import fsspec
 import pytest
 
-from operators.fetch import FetchConfig, local_copy, sha256_of
+from operators.fetch import FetchConfig, KeptCopy, local_copy, sha256_of
 from schemas.errors import FetchError
 
 QUICK = FetchConfig(first_wait_seconds=0.01)
@@ -178,3 +178,34 @@ def test_a_damaged_archive_is_unreadable(tmp_path):
     archive = tmp_path / "a.zip"
     archive.write_bytes(zip_of({"a.pdf": DATA})[:5000])
     assert code_of(str(archive), {"member": "a.pdf"}) == "unreadable"
+
+
+def test_the_units_of_a_source_share_one_copy(server):
+    kept = KeptCopy(QUICK)
+    doc_id = hashlib.sha256(DATA).hexdigest()
+    path = kept.path_of(f"{server.url}/a.pdf", None, doc_id)
+    requests = server.requests
+    assert kept.path_of(f"{server.url}/a.pdf", None, doc_id) == path
+    assert server.requests == requests
+    other = kept.path_of(f"{server.url}/b.pdf", None, doc_id)
+    assert not path.exists()
+    assert other.read_bytes() == DATA
+    kept.close()
+    assert not other.exists()
+
+
+def test_bytes_that_are_not_those_planned_are_refused(tmp_path):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(b"old")
+    doc_id = sha256_of(path)
+    kept = KeptCopy(QUICK)
+    assert kept.path_of(str(path), None, doc_id) == path
+    path.write_bytes(b"newer")
+    with pytest.raises(FetchError, match="changed") as caught:
+        kept.path_of(str(path), None, doc_id)
+    assert caught.value.retryable
+    path.unlink()
+    with pytest.raises(FetchError) as caught:
+        kept.path_of(str(path), None, doc_id)
+    assert caught.value.code == "not_found"
+    kept.close()

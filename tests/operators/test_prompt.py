@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.demo import write_demo_model
@@ -180,3 +181,45 @@ def test_cpu_modules_import_no_torch():
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def merging_folder(folder, path):
+    """The model of `folder` with a tokenizer that merges bytes, newlines among them, as released ones do."""
+    for file in folder.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["user\nRead this page.\n\n\n Zahlen und assistant\n\n <table>\n\n"] * 50, trainer)
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    tokenizer.add_tokens([AddedToken(one["content"], special=one["special"], normalized=False) for one in added])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = json.loads((path / "config.json").read_text())
+    config |= {f"{kind}_token_id": tokenizer.token_to_id(f"<|{kind}_pad|>") for kind in ("image", "video")}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_a_tokenizer_that_merges_gives_the_same_prompts(folder, tmp_path):
+    path = merging_folder(folder, tmp_path)
+    merging, reference = PromptBuilder(read_model_config(path)), Reference(path, with_weights=False)
+    assert len(merging.encode("\n\n")) == 1
+    slicing = SliceConfig()
+    images = pictures([(700, 1000)])
+    processed, tokens = reference.process(images, slicing), our_tokens(images, slicing)
+    for text in (*TEXTS, "\nstarts with a newline", "#\n\n# x\n\n"):
+        for thinking in (True, False):
+            wanted = reference.prompt_ids(text, processed, slicing, kind="image", use_image_id=True, thinking=thinking)
+            settings = PromptSettings(kind="image", use_image_id=True, thinking=thinking)
+            assert merging.build(text, tokens, settings) == wanted

@@ -10,6 +10,7 @@ import pymupdf
 import pytest
 
 from operators.decode import text_layout
+from operators.decode.image_text import text_chars
 from operators.decode.reading_order import reading_order
 from operators.decode.text_layer import TextLayer, read_text_layer
 from operators.decode.text_lines import TEXT_FLAGS, frame_to_display, read_page_text, turn_box
@@ -130,6 +131,28 @@ def test_a_figure_page_with_a_caption_is_trusted() -> None:
     layer = read_text_layer(document[0], layout=False)
     assert layer.trustworthy
     assert 0.4 < layer.image_share < 0.7
+
+
+def test_a_notice_pasted_as_a_picture_is_not_lost() -> None:
+    picture = _document()[0].get_pixmap(dpi=150, clip=(60, 60, 540, 400))
+    document = pymupdf.open()
+    page = document.new_page(width=595, height=842)
+    page.insert_text((72, 60), "Notices, page 7 of 12", fontsize=10)
+    page.insert_image(pymupdf.Rect(60, 100, 540, 440), pixmap=picture)
+    layer = read_text_layer(page, layout=False)
+    assert not layer.trustworthy
+    assert layer.reason.startswith("images show about ")
+    page.insert_textbox((60, 460, 540, 830), PROSE * 2, fontsize=10)
+    assert read_text_layer(page, layout=False).trustworthy
+
+
+def test_a_photograph_shows_no_text() -> None:
+    rows, columns = np.mgrid[0:200, 0:300]
+    gradient = ((rows + columns) % 256).astype(np.uint8)
+    noise = np.random.default_rng(3).integers(0, 255, (200, 300)).astype(np.uint8)
+    assert text_chars(gradient) == 0
+    assert text_chars(noise) == 0
+    assert text_chars(np.full((200, 300), 255, np.uint8)) == 0
 
 
 def test_unmapped_characters_are_garbling() -> None:
@@ -331,6 +354,13 @@ def test_no_text_is_lost_in_the_fast_order(corpus: Path, name: str) -> None:
             layer = read_text_layer(page, layout=False)
             if layer.trustworthy:
                 assert _shown(layer) == _letters(read_page_text(page, words=False).text)
+
+
+@pytest.mark.needs_corpus
+def test_tables_scanned_into_a_born_digital_document_are_read_again(corpus: Path) -> None:
+    with pymupdf.open(corpus / "pdf" / "federal-register-2020-17221.pdf") as document:
+        routes = [read_text_layer(page, layout=False).trustworthy for page in document]
+    assert [number for number, trusted in enumerate(routes, 1) if not trusted] == [8, 9, 10, 11, 12, 13]
 
 
 @pytest.mark.needs_corpus

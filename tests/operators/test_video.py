@@ -9,8 +9,10 @@ import av
 import numpy as np
 import pytest
 
-from operators.decode.demux import index_range, open_video
+from operators.decode import packet_index
+from operators.decode.demux import open_video
 from operators.decode.frames import DecordReader, PyavReader, choose_reader, decord_can_read
+from operators.decode.packet_index import index_range
 from operators.decode.segments import decode_segments
 from operators.decode.video import probe
 from operators.decode.video_options import VideoLimits
@@ -257,6 +259,34 @@ def test_every_frame_of_an_open_gop_is_exact_after_a_seek(tmp_path, make_video, 
     for first in range(90, 112):
         segment = {"segment_index": 0, "start_seconds": first / 25, "stop_seconds": (first + 1) / 25}
         [item] = decoded(path, [segment])
+        assert numbers(item, number_of) == [first]
+        assert (item["start_frame"], item["stop_frame"]) == (first, first + 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("closed.mkv", "libx264", {"g": "50", "bf": "3"}),
+        ("open.mkv", "libx264", {"x264-params": OPEN_GOP}),
+        ("closed.ts", "libx264", {"g": "50", "bf": "2"}),
+        ("open.ts", "libx264", {"x264-params": OPEN_GOP}),
+        ("vp8.webm", "libvpx", {"g": "50", "auto-alt-ref": "1", "lag-in-frames": "16", "cpu-used": "8"}),
+        ("reordered.avi", "mpeg4", {"g": "25", "bf": "2"}),
+        ("fragments.mp4", "libx264", {"g": "50", "bf": "2", "movflags": "frag_keyframe+empty_moov"}),
+    ],
+)
+@pytest.mark.parametrize("scanned_bytes", [0, 256_000_000])
+def test_containers_without_an_index_are_exact_at_random_access(
+    tmp_path, make_video, number_of, monkeypatch, name, codec, options, scanned_bytes
+):
+    """At 0 bytes the file counts as too large to be read from its start, and frames are numbered by their times."""
+    monkeypatch.setattr(packet_index, "SCAN_FROM_START_BYTES", scanned_bytes)
+    container_options = {key: options[key] for key in options if key == "movflags"}
+    codec_options = {key: options[key] for key in options if key != "movflags"}
+    path = make_video(tmp_path / name, **AT_25, codec=codec, options=codec_options, container_options=container_options)
+    for first in range(0, 250, 7):
+        segment = {"segment_index": 0, "start_seconds": first / 25, "stop_seconds": (first + 1) / 25}
+        [item] = decoded(path, [segment], decoder="pyav")
         assert numbers(item, number_of) == [first]
         assert (item["start_frame"], item["stop_frame"]) == (first, first + 1)
 

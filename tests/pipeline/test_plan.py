@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.key_index import SourceIndex
 from pipeline.ledger import Again, Ledger
 from pipeline.plan import (
     PLAN,
@@ -190,3 +191,25 @@ def test_an_empty_run_has_an_empty_plan(storage: Storage) -> None:
     assert ListingCache(storage, "s").to_probe(sources_table([])).num_rows == 0
     assert isinstance(PlanReader(storage), PlanReader)
     assert pa.concat_tables([sources_table([])]).num_rows == 0
+
+
+def test_seventy_thousand_sources_are_known_by_name_with_the_version_put_last() -> None:
+    known = SourceIndex()
+    # Names and versions that end in zero bytes are the ones a careless byte string would cut.
+    names = [number.to_bytes(8, "big") + bytes(8) for number in range(1, 70_001)]
+    for index, name in enumerate(names):
+        known.put(name, index, name[::-1])
+    known.put(names[3], 3, b"v" * 15 + b"\0")
+    assert len(known) == 70_000
+    assert known.get(names[3]) == (3, b"v" * 15 + b"\0")
+    assert known.get(names[69_999]) == (69_999, names[69_999][::-1])
+    assert known.get(b"z" * 16) is None
+
+
+def test_new_sources_never_take_an_index_that_another_has(storage: Storage) -> None:
+    plan(storage, [document_unit(0, [1]), document_unit(3, [1])])
+    listed = [source(index, source_uri=f"/new/{index}") for index in range(6)]
+    cache = ListingCache(storage, "s")
+    taken = [*cache.to_probe(sources_table(listed[:3]))["source_index"].to_pylist()]
+    taken += cache.to_probe(sources_table(listed[3:]))["source_index"].to_pylist()
+    assert taken == [4, 1, 2, 5, 6, 7]
