@@ -5,26 +5,22 @@ import time
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pyarrow as pa
-import torch
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, with_columns
-from operators.engine.engine import BatchEngine, Outcome
-from operators.engine.request import Completion, Request, SamplingParams, ThoughtBudget
-from operators.minicpmv.model import Attention, BatchState, MiniCPMV46
-from operators.minicpmv.patches import Visual
+from operators.engine.request import Completion, Outcome, Request, SamplingParams, ThoughtBudget
+from operators.minicpmv.config import Attention
 from operators.minicpmv.prompt import PromptBuilder
+from operators.minicpmv.visual import Visual
 from operators.minicpmv.weights import ModelRef, WeightsKind, locate_model
 from operators.prepare import read_pictures
-from schemas.errors import ConfigError, RecordError, error_struct
+from schemas.errors import RecordError, error_struct
 from schemas.generation import FAILURES, GENERATION, REQUEST, ROUTE
 from schemas.ids import canonical_json, digest
 from schemas.image import PIXELS
 
 MAX_NEW_TOKENS: Final = 2048
 """Where neither the job nor the model says: what the released chat function of the family allows."""
-
-DTYPES: Final = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class GenerateConfig(OperatorConfig):
@@ -71,6 +67,11 @@ class Generate(Operator[GenerateConfig]):
 
     def __init__(self, config: GenerateConfig) -> None:
         super().__init__(config)
+        # Here and not above: the driver names this class, and only the worker that runs it should pay for torch.
+        from operators.engine.engine import BatchEngine
+        from operators.minicpmv.device import choose_device, choose_dtype
+        from operators.minicpmv.model import BatchState, MiniCPMV46
+
         self.model_ref: ModelRef = locate_model(
             config.model_folder, config.model_id, config.model_revision, config.weights_kind
         )
@@ -203,23 +204,3 @@ def later(outcome: Outcome, seconds: float) -> Outcome:
     if not isinstance(outcome, Completion):
         return outcome
     return dataclasses.replace(outcome, queue_seconds=outcome.queue_seconds + seconds)
-
-
-def choose_device(wanted: Literal["auto", "cuda", "cpu"]) -> torch.device:
-    """Return the device to run on.
-
-    Raises:
-        ConfigError: CUDA is asked for and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device cuda is asked for, and torch {torch.__version__} finds none")
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
-
-
-def choose_dtype(wanted: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
-    """Return the type of weights and activations."""
-    if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[wanted]

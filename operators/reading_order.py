@@ -60,7 +60,8 @@ def group_lines(boxes: Sequence[Box], item_lines: Collection[int] = ()) -> list[
     """Return the paragraphs and headings of a page in reading order; every box is in exactly one.
 
     A region is split at the gutter that has most text on both of its sides; lines that cross the gutter divide the
-    columns into bands. A region without a gutter is read row by row.
+    columns into bands. A region without a gutter is read row by row. Vertical Chinese or Japanese is one paragraph of
+    lines from right to left.
 
     Args:
         boxes: one for each line of text.
@@ -68,11 +69,19 @@ def group_lines(boxes: Sequence[Box], item_lines: Collection[int] = ()) -> list[
     """
     if not boxes:
         return []
+    if _is_vertical(boxes):
+        order = sorted(range(len(boxes)), key=lambda n: -boxes[n].right)
+        return [Group(tuple((line,) for line in order), False)]
     page_height = statistics.median(box.height for box in boxes)
     groups: list[Group] = []
     for region in _regions(boxes, list(range(len(boxes)))):
         groups += _paragraphs(boxes, region, page_height, item_lines)
     return groups
+
+
+def _is_vertical(boxes: Sequence[Box]) -> bool:
+    tall = sum(box.width * box.height for box in boxes if box.height > 2 * box.width)
+    return tall > 0.5 * sum(box.width * box.height for box in boxes)
 
 
 def reading_order(boxes: Sequence[Box]) -> list[int]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from operators.decode.clips import DecodeClipsConfig
 from operators.decode.documents import DecodeDocumentsConfig
 from operators.fetch import FetchConfig
+from operators.generate import GenerateConfig
 from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.temporal import TemporalConfig
 from operators.parse.completions import ParseCompletionsConfig
@@ -26,22 +27,6 @@ from schemas.vocabulary import SCHEMA_VERSION
 
 MAX_NEW_TOKENS = 4096
 DECODER_PACKAGES = ("pymupdf", "decord", "av")
-
-
-class GenerateOptions(BaseModel):
-    """What the generate step is told, without importing it: it brings torch along, which only its worker needs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model_folder: str
-    model_id: str
-    model_revision: str
-    weights_kind: str
-    device: str
-    dtype: str
-    max_new_tokens: int
-    temperature: float
-    rows_per_batch: int
 
 
 class FlowConfig(BaseModel):
@@ -66,7 +51,7 @@ class FlowConfig(BaseModel):
     skip_videos: SkipSegmentsConfig | None
     prepare_pages: PrepareConfig
     prepare_clips: PrepareConfig
-    generate: GenerateOptions | None
+    generate: GenerateConfig | None
     parse: ParseCompletionsConfig
     read: ReadPagesConfig | None
     write: WriteRecordsConfig
@@ -152,7 +137,7 @@ def compose(
     folder = str(reading.model.folder) if reading.model else None
     page_slicing, clip_slicing = _page_slicing(spec, reading), _clip_slicing(spec, reading)
     fetch = FetchConfig()
-    prepare = {
+    prepare: dict[str, Any] = {
         "model_folder": folder,
         "use_image_id": spec.use_image_id,
         "thinking": spec.thinking,
@@ -201,18 +186,19 @@ def compose(
     )
 
 
-def _generate(spec: RunSpec, reading: Reading) -> GenerateOptions:
+def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
     assert reading.model is not None
-    return GenerateOptions(
-        model_folder=str(reading.model.folder),
-        model_id=reading.model_id or "",
-        model_revision=reading.model_revision or "",
-        weights_kind=reading.weights_kind or "",
-        device="cuda" if reading.uses_gpu else "cpu",
-        dtype=spec.dtype,
-        max_new_tokens=_max_new_tokens(spec, reading),
-        temperature=spec.temperature,
-        rows_per_batch=32 if reading.uses_gpu else 8,
+    return GenerateConfig.model_validate(
+        {
+            "model_folder": str(reading.model.folder),
+            "model_id": reading.model_id,
+            "model_revision": reading.model_revision,
+            "weights_kind": reading.weights_kind,
+            "device": "cuda" if reading.uses_gpu else "cpu",
+            "dtype": spec.dtype,
+            "max_new_tokens": _max_new_tokens(spec, reading),
+            "temperature": spec.temperature,
+        }
     )
 
 

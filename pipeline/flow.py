@@ -14,6 +14,7 @@ A dash joins steps of one worker; three dashes are a hand-over through the objec
 
 from operators.decode.clips import DecodeClips
 from operators.decode.documents import DecodeDocuments
+from operators.generate import Generate
 from operators.parse.completions import ParseCompletions
 from operators.prepare import PrepareClips, PrepareImages
 from operators.read import ReadPages
@@ -79,12 +80,10 @@ def generate_step(config: FlowConfig) -> list[Step]:
     """The only step that needs a GPU; nothing when no model reads."""
     if config.generate is None:
         return []
-    from operators.generate import Generate, GenerateConfig
-
     return [
         Step(
             Generate,
-            GenerateConfig.model_validate(config.generate.model_dump()),
+            config.generate,
             cpus=1.0,
             gpus=config.gpus_per_worker,
             workers=(config.gpu_workers, config.gpu_workers),

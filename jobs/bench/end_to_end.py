@@ -91,7 +91,7 @@ def measure(task: str, inputs: list[str], options: list[str], repeat: int) -> di
 
 def _median_side(runs: list[dict[str, Any]]) -> dict[str, Any]:
     def median(pick: Any) -> float:
-        return round(statistics.median(pick(run) for run in runs), 3)
+        return round(float(statistics.median(pick(run) for run in runs)), 3)
 
     first = runs[0]
     run_seconds = median(lambda run: run["seconds"]["run"])

@@ -39,6 +39,10 @@ REORDERED_PACKETS: Final = 32
 """More than any codec sends ahead of a frame that is shown before them."""
 
 
+LATE_PACKETS: Final = 1_000_000
+"""Packets of streams announced late that are passed over."""
+
+
 @dataclass
 class OpenVideo:
     """An opened file and the stream that is taken from it.
@@ -174,16 +178,22 @@ def choose_stream(container: Any) -> tuple[Any, str | None]:
     return chosen, f"stream {chosen.index} of video streams {sizes}"
 
 
-def packets(video: OpenVideo) -> Iterator[Any]:
-    """Yield the packets of the stream from where the container stands; damage to the container ends them."""
-    try:
-        for packet in video.container.demux(video.stream):
-            if packet.size:
-                yield packet
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError:
-        return
+def packets(video: OpenVideo, *, every_stream: bool = False) -> Iterator[Any]:
+    """Yield packets from where the container stands, of the video stream alone; damage to the container ends them."""
+    streams = () if every_stream else (video.stream,)
+    for _ in range(LATE_PACKETS):
+        try:
+            for packet in video.container.demux(*streams):
+                if packet.size:
+                    yield packet
+            return
+        except IndexError:
+            # PyAV stumbles over packets of a stream that a transport stream announces late, and then goes on.
+            continue
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError:
+            return
 
 
 def decoded_frames(video: OpenVideo) -> Iterator[Any]:

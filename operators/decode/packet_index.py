@@ -3,19 +3,15 @@
 Runs in the decoder's process. Ticks are units of the stream's own clock.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
 from operators.decode.demux import REORDERED_PACKETS, OpenVideo, decoded_frames, packets, rewind, seek
-
-logger = logging.getLogger(__name__)
 
 SCAN_FROM_START_BYTES: Final = 256_000_000
 """A file without a complete index is read from its start, to number its frames, when that costs no more than this."""
@@ -240,18 +236,13 @@ def scan_file(video: OpenVideo) -> tuple[float, float, int] | None:
         return None
     ticks: list[int] = []
     end_seconds = last_seconds = 0.0
-    try:
-        for packet in video.container.demux():
-            if not packet.size:
-                continue
-            clock = packet.pts if packet.pts is not None else packet.dts or 0
-            end = float((clock + (packet.duration or 0)) * packet.time_base)
-            last_seconds = max(last_seconds, end)
-            if packet.stream_index == video.stream.index and not packet.is_discard:
-                ticks.append(clock)
-                end_seconds = max(end_seconds, end)
-    except av.error.FFmpegError as error:
-        logger.debug("the file ends in damage: %s", error)
+    for packet in packets(video, every_stream=True):
+        clock = packet.pts if packet.pts is not None else packet.dts or 0
+        end = float((clock + (packet.duration or 0)) * packet.time_base)
+        last_seconds = max(last_seconds, end)
+        if packet.stream_index == video.stream.index and not packet.is_discard:
+            ticks.append(clock)
+            end_seconds = max(end_seconds, end)
     start = video.seconds(0)
     if len(ticks) > 1 and end_seconds == float(max(ticks) * video.stream.time_base):
         # The last packet does not say how long it is shown.

@@ -3,13 +3,14 @@
 `probe` is a generator function for `operators.decode.box`: it runs in a process of its own.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import av
 
-from operators.decode.demux import MIME_TYPE_OF_FORMAT, OpenVideo, open_video, rewind
+from operators.decode.demux import MIME_TYPE_OF_FORMAT, OpenVideo, open_video, packets, rewind
 from operators.decode.packet_index import last_end_seconds, scan_file
 from operators.decode.video_options import VideoLimits
 from schemas.errors import DecodeError
@@ -164,27 +165,32 @@ def first_frame(video: OpenVideo) -> Any:
     """
     rewind(video)
     failure: BaseException | None = None
-    try:
-        for number, packet in enumerate(video.container.demux(video.stream)):
-            try:
-                frames = packet.decode()
-            except av.error.MemoryError:
-                raise
-            except av.error.FFmpegError as error:
-                failure = error
-                frames = []
-            if frames:
-                return frames[0]
-            if number > PROBED_PACKETS:
-                break
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as error:
-        failure = error
+    for packet in itertools.islice(packets(video), PROBED_PACKETS):
+        try:
+            frames = packet.decode()
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError as error:
+            failure = error
+            continue
+        if frames:
+            return frames[0]
+    if frames := drained(video):
+        return frames[0]
     check_frame_size(video)
     if failure is None:
         raise DecodeError("the video stream has no frames", code="no_frames", stage="demux")
     raise DecodeError(f"no frame decodes: {failure}", code="damaged", stage="sample") from failure
+
+
+def drained(video: OpenVideo) -> list[Any]:
+    """Return the frames that the decoder still holds; a short video may come out only here."""
+    try:
+        return list(video.stream.codec_context.decode(None))
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError:
+        return []
 
 
 def check_frame_size(video: OpenVideo) -> None:

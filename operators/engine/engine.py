@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from operators.engine.protocol import CausalModel
-from operators.engine.request import Completion, FinishReason, Request
+from operators.engine.request import Completion, FinishReason, Outcome, Request
 from operators.engine.sampler import choose_tokens
 from schemas.errors import GenerationError, PromptTooLongError, RecordError, WorkerLostError
 
@@ -18,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 V = TypeVar("V")
 S = TypeVar("S")
-Outcome = Completion | RecordError
 
 OUT_OF_MEMORY_TEXTS: Final = ("out of memory", "not enough memory", "can't allocate memory")
 DEVICE_FAULT_TEXTS: Final = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")

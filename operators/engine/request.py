@@ -5,6 +5,8 @@ from typing import Annotated, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.errors import RecordError
+
 V = TypeVar("V")
 
 FinishReason = Literal["stop", "length", "repetition", "abort"]
@@ -79,3 +81,7 @@ class Completion:
     queue_seconds: float = field(default=0.0, compare=False)
     batch_seconds: float = field(default=0.0, compare=False)
     batch_tokens: int = field(default=0, compare=False)
+
+
+Outcome = Completion | RecordError
+"""What became of a request."""

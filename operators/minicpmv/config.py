@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from operators.minicpmv.slicing import SliceConfig
 from schemas.errors import ConfigError
 
+Attention = Literal["sdpa", "eager"]
+"""Attention implementations of transformers that every layer of the model has."""
+
 SUPPORTED_MODEL_TYPES: Final = ("minicpmv4_6",)
 
 DEMO_MARKER: Final = "pagereel_demo"

@@ -6,20 +6,19 @@ Letters: `B` sequences, `T` tokens, `Q` visual tokens, `D` width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, MiniCPMV4_6ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from operators.minicpmv.config import ModelConfig, read_model_config
-from operators.minicpmv.patches import Visual, pack_patches
+from operators.minicpmv.config import Attention, ModelConfig, read_model_config
+from operators.minicpmv.patches import pack_patches
 from operators.minicpmv.slicing import MERGED_PATCHES_PER_SIDE, DownsampleMode
+from operators.minicpmv.visual import Visual
 from operators.minicpmv.weights import NAMES_OF_OLDER_FILES, UNUSED_TENSORS, require_safetensors
 from schemas.errors import ConfigError, GenerationError
-
-Attention = Literal["sdpa", "eager"]
 
 PATCHES_PER_CALL: Final = 65_536
 """Patches that go through the vision tower at once. Bounds its activations: about 0.6 GB in bf16 for the widest tensor

@@ -8,10 +8,11 @@ from typing import Any, Final
 from operators.parse.tables import is_pipe_rule
 
 _FENCE: Final = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^[ \t]*(?P=fence)[`~]*[ \t]*$|\Z)"
-_CODE_SPAN: Final = r"(?<!`)(?P<ticks>`+)(?!`)[^\n]+?(?<!`)(?P=ticks)(?!`)"
+# Bounded, so that thousands of unclosed openings in a looping answer do not take minutes.
+_CODE_SPAN: Final = r"(?<!`)(?P<ticks>`+)(?!`)[^\n]{1,400}?(?<!`)(?P=ticks)(?!`)"
 # Pandoc's rule for inline maths: no space inside the dollars and no digit after the closing one, so that prices stay.
 _INLINE_MATH: Final = r"(?<![\\$])\$(?=[^\s$])(?:\\.|[^$\\\n])*?(?<=[^\s])\$(?![\d$])"
-_DISPLAY_MATH: Final = r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)"
+_DISPLAY_MATH: Final = r"\$\$.{1,3000}?\$\$|\\\[.{1,3000}?\\\]|\\\(.{1,600}?\\\)"
 _WINDOWS_PATH: Final = r"\b[A-Za-z]:\\[^\s\"']*"
 _PROTECTED: Final = re.compile(
     f"(?:{_FENCE})|(?:{_CODE_SPAN})|(?:{_DISPLAY_MATH})|(?:{_INLINE_MATH})|(?:{_WINDOWS_PATH})", re.M | re.S
@@ -27,7 +28,7 @@ _HTML_TAG: Final = re.compile(
     r"|p|pre|s|small|span|strong|sub|summary|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)(?:\s[^<>]*)?/?>",
     re.I,
 )
-_HTML_COMMENT: Final = re.compile(r"<!--.*?-->", re.S)
+_HTML_COMMENT: Final = re.compile(r"<!--.{0,2000}?-->", re.S)
 _CELL_END: Final = re.compile(r"</t[dh]\s*>\s*(?=<t[dh][\s>])", re.I)
 _LINE_END: Final = re.compile(r"</(?:tr|caption|p|div|li|h[1-6]|table)\s*>|<(?:br|hr)\s*/?>", re.I)
 _PIPE_ROW: Final = re.compile(r"^[ \t]*\|(.*)\|[ \t]*$")
@@ -174,8 +175,8 @@ def _plain_line(line: str) -> str | None:
 
 
 def _plain_inline(text: str) -> str:
-    text = re.sub(r"!\[([^\]\n]*)\]\([^)\n]*\)", r"\1", text)
-    text = re.sub(r"\[([^\]\n]+)\]\([^)\n]*\)", r"\1", text)
+    text = re.sub(r"!\[([^\]\n]{0,500})\]\([^)\n]{0,500}\)", r"\1", text)
+    text = re.sub(r"\[([^\]\n]{1,500})\]\([^)\n]{0,500}\)", r"\1", text)
     text = re.sub(r"\*\*\*(?=\S)([^\n]+?)(?<=\S)\*\*\*", r"\1", text)
     text = re.sub(r"(\*\*|__|~~)(?=\S)([^\n]+?)(?<=\S)\1", r"\2", text)
     text = re.sub(r"(?<![\w*\\])\*(?=[^\s*])([^*\n]+?)(?<=\S)\*(?![\w*])", r"\1", text)

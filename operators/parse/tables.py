@@ -102,7 +102,7 @@ def sanitise_table(markup: str) -> str:
     """
     cleaner = _TableCleaner()
     # The standard parser asserts on some malformed declarations; no table needs one.
-    cleaner.feed(re.sub(r"<(?=[!?])", "&lt;", re.sub(r"<!--.*?-->", "", markup, flags=re.S)))
+    cleaner.feed(re.sub(r"<(?=[!?])", "&lt;", re.sub(r"<!--.{0,2000}?-->", "", markup, flags=re.S)))
     return cleaner.finish()
 
 

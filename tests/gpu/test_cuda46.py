@@ -16,8 +16,8 @@ import torch
 from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.model import MiniCPMV46
-from operators.minicpmv.patches import Visual
 from operators.minicpmv.slicing import SliceConfig
+from operators.minicpmv.visual import Visual
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages, read_pictures
 from tests.operators.rows46 import clip_frames, clip_row, page_pictures, page_row, table_of
 

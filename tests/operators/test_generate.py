@@ -4,9 +4,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from operators.generate import Generate, GenerateConfig, choose_device, choose_dtype
+from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.demo import write_demo_model
+from operators.minicpmv.device import choose_device, choose_dtype
 from operators.minicpmv.slicing import SliceConfig
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages
 from schemas.errors import ConfigError, ContractError

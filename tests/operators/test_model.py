@@ -9,9 +9,10 @@ from operators.engine.request import Request, SamplingParams
 from operators.minicpmv import model as model_module
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.model import MiniCPMV46
-from operators.minicpmv.patches import PackedPatches, Visual, pack_patches
+from operators.minicpmv.patches import PackedPatches, pack_patches
 from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_tokens
 from operators.minicpmv.slicing import Size, SliceConfig, slice_image
+from operators.minicpmv.visual import Visual
 from schemas.errors import ConfigError, ContractError, GenerationError
 
 SIZES = ((700, 1000), (300, 220), (120, 900), (448, 448), (900, 640))

@@ -53,7 +53,8 @@ def test_vertical_chinese_is_left_standing() -> None:
     columns = ["<br>".join(characters[n : n + 18]) for n in range(0, 72, 18)]
     cells = "".join(f'<td style="padding-left:14px;font-size:13pt;line-height:1.0">{c}</td>' for c in columns)
     page, _ = page_of(f"<table><tr>{cells}</tr></table>")
-    assert find_orientation(page).rotation == 0
+    for turns in range(4):
+        assert find_orientation(np.ascontiguousarray(np.rot90(page, turns))).rotation == 0
 
 
 def test_blank_page_and_noise_and_few_letters_are_unknown() -> None:
@@ -69,7 +70,7 @@ def test_upright_keeps_all_content_and_fills_with_white() -> None:
     height, width = hull_size(200, 300, 10.0)
     assert straight.shape == (np.ceil(height), np.ceil(width), 3)
     assert straight[0, 0].tolist() == straight[-1, -1].tolist() == [WHITE] * 3
-    assert (WHITE - straight).sum() == pytest.approx((WHITE - image).sum(), rel=0.02)
+    assert (straight < 128).sum() == pytest.approx((image < 128).sum(), rel=0.02)
 
 
 def test_quarter_turns_move_pixels_without_changing_them() -> None:

@@ -71,3 +71,9 @@ def test_items_begin_groups_and_their_hanging_lines_stay_with_them() -> None:
 def test_clearly_larger_type_is_a_header() -> None:
     boxes = [Box(50, 0, 500, 40), *lines(50, 80, 600, 6)]
     assert [group.is_header for group in group_lines(boxes)] == [True, False]
+
+
+def test_vertical_lines_are_read_from_right_to_left() -> None:
+    boxes = [Box(left, 50, left + 30, 500) for left in (50, 120, 190)]
+    [group] = group_lines(boxes)
+    assert group.rows == ((2,), (1,), (0,))
