@@ -331,11 +331,11 @@ def _session(name: str) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _run(name: str, crops: list[Image]) -> NDArray[np.float32]:
+def _run(name: str, crops: list[Image], width_px: int = CROP_WIDTH_PX) -> NDArray[np.float32]:
     session = _session(name)
-    batch = np.zeros((len(crops), 3, CROP_HEIGHT_PX, CROP_WIDTH_PX), np.float32)
+    batch = np.zeros((len(crops), 3, CROP_HEIGHT_PX, width_px), np.float32)
     for index, crop in enumerate(crops):
-        batch[index, :, :, : min(crop.shape[1], CROP_WIDTH_PX)] = crop[:, :CROP_WIDTH_PX] / 127.5 - 1
+        batch[index, :, :, : crop.shape[1]] = crop[:, :width_px] / 127.5 - 1
     (output,) = session.run(None, {session.get_inputs()[0].name: batch})
     return np.asarray(output, np.float32)
 
@@ -357,6 +357,6 @@ def _reading(crops: list[Image]) -> float:
 
 def _scores(crops: list[Image]) -> NDArray[np.float32]:
     """Return for each crop the mean probability of what was read, blanks left out."""
-    probabilities = _run("ch_PP-OCRv4_rec_infer.onnx", crops)
+    probabilities = _run("ch_PP-OCRv4_rec_infer.onnx", crops, max(crop.shape[1] for crop in crops))
     best, read = probabilities.max(axis=2), probabilities.argmax(axis=2) != 0
     return np.asarray((best * read).sum(axis=1) / np.maximum(read.sum(axis=1), 1), np.float32)

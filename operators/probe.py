@@ -18,6 +18,7 @@ from schemas.source import SOURCE, SOURCE_FACTS, UNIT
 
 COMPONENT: Final = "ProbeSources"
 UNIT_ID_CHARS: Final = 32
+SPARSE_FRAMES: Final = 16
 SOURCE_COLUMNS: Final = ("source_index", "source_uri", "source_ref", "password")
 
 
@@ -147,7 +148,8 @@ def owed_parts(unit: dict[str, Any], source: dict[str, Any], config: ProbeConfig
     """
     if unit["kind"] == "video":
         start, stop = source["start_seconds"], source["stop_seconds"]
-        return owed_segments(unit["duration_seconds"], start, stop, config)
+        step = segment_step(unit["duration_seconds"], unit.get("frame_count"), config.segment_seconds)
+        return owed_segments(unit["duration_seconds"], start, stop, step, config.max_segments)
     return [Part(number, number) for number in owed_pages(source["page_ranges"], unit["page_count"])]
 
 
@@ -196,8 +198,24 @@ def parse_page_ranges(page_ranges: str) -> list[tuple[int, int | None]]:
     return found
 
 
+def segment_step(duration_seconds: float, frame_count: int | None, segment_seconds: float) -> float:
+    """Return the length of segments of one video: `segment_seconds`, or a multiple of it for a sparse video.
+
+    A video with fewer frames than segments would mostly owe segments in which nothing happens, and a header that
+    claims a hundred hours for a hundred frames would owe thousands: there a segment holds about `SPARSE_FRAMES`.
+    """
+    wanted = math.ceil(duration_seconds / segment_seconds)
+    if not frame_count or frame_count >= wanted:
+        return segment_seconds
+    return segment_seconds * math.ceil(wanted / max(1, frame_count // SPARSE_FRAMES))
+
+
 def owed_segments(
-    duration_seconds: float, start_seconds: float | None, stop_seconds: float | None, config: ProbeConfig
+    duration_seconds: float,
+    start_seconds: float | None,
+    stop_seconds: float | None,
+    step: float,
+    max_segments: int,
 ) -> list[Part]:
     """Return the segments of a video, at least one, on the grid of whole segments.
 
@@ -205,20 +223,20 @@ def owed_segments(
         duration_seconds: length of the video.
         start_seconds: where the range that was asked for starts; None for 0.
         stop_seconds: where it stops; None for the end.
-        config: segment length and policy.
+        step: length of a segment in seconds.
+        max_segments: policy on their number.
 
     Raises:
         DecodeError: `too_long` for more segments than the policy allows, `no_frames` when the range lies outside.
     """
-    step = config.segment_seconds
     start = max(0.0, start_seconds or 0.0)
     stop = min(duration_seconds, stop_seconds if stop_seconds is not None else math.inf)
     if start >= stop and (start > 0 or stop_seconds is not None):
         raise DecodeError(f"range starts at {start:g} s and stops at {stop:g} s: nothing between", code="no_frames")
     first = int(start // step)
     last = max(first + 1, math.ceil(stop / step))
-    if last - first > config.max_segments:
-        raise DecodeError(f"{last - first} segments, the policy allows {config.max_segments}", code="too_long")
+    if last - first > max_segments:
+        raise DecodeError(f"{last - first} segments, the policy allows {max_segments}", code="too_long")
     # A video shorter than a clock tick still owes the segment of its only frame.
     ranges = [(max(start, i * step), min(max(stop, start + 1e-3), (i + 1) * step)) for i in range(first, last)]
     return [

@@ -197,11 +197,11 @@ def displayed_box(
 
 
 def join_lines(rows: Sequence[Sequence[str]]) -> str:
-    """Return the rows of a paragraph as running text; rows of several cells stay rows."""
-    if any(len(row) > 1 for row in rows):
+    """Return the rows of a paragraph as running text; where most rows have several cells, they stay rows."""
+    if 2 * sum(len(row) > 1 for row in rows) > len(rows):
         return "\n".join(" ".join(row) for row in rows)
     text = ""
-    for (line,) in rows:
+    for line in (" ".join(row) for row in rows):
         if not text or (_CJK.match(text[-1]) or _CJK.match(line[:1])):
             text += line
         elif re.search(r"[a-z]-$", text) and line[:1].islower():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from operators.probe import parse_page_ranges
 from pipeline.accounting import Accounting, account
 from pipeline.config import FlowConfig, compose, planning_settings
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
@@ -147,7 +148,7 @@ def plan(spec: RunSpec) -> PlanReport:
     Raises:
         ConfigError: the spec cannot run as written.
     """
-    check_inputs(spec.inputs)
+    check_request(spec)
     reading = choose_reading(spec)
     config = compose(spec, reading, run_uri="-", run_id="plan", worker_count=1, gpu_count=1)
     listing, counts, errors = Listing(), PlanCounts(), Counter[str]()
@@ -168,6 +169,17 @@ def plan(spec: RunSpec) -> PlanReport:
     steps = {name: [_step_facts(step) for step in head] for name, head in records.heads.items()}
     steps["trunk"] = [_step_facts(step) for step in records.trunk]
     return PlanReport(counts, errors, listing.passed_over, steps, reading)
+
+
+def check_request(spec: RunSpec) -> None:
+    """Refuse what can be refused by looking at the spec and the local inputs alone.
+
+    Raises:
+        ConfigError: an input is not there, or the page ranges cannot be read.
+    """
+    check_inputs(spec.inputs)
+    if spec.pages:
+        parse_page_ranges(spec.pages)
 
 
 def _step_facts(step: Any) -> dict[str, Any]:
@@ -213,7 +225,7 @@ class _Run:
 
     def go(self) -> RunSummary:
         started = time.perf_counter()
-        check_inputs(self.spec.inputs)
+        check_request(self.spec)
         self.reading = choose_reading(self.spec)
         self.storage = Storage(self.spec.output)
         self.storage.probe_writable()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from operators.base import rows_to_table
-from operators.probe import ProbeConfig, ProbeSources, owed_pages, owed_segments, parse_page_ranges
+from operators.probe import ProbeConfig, ProbeSources, owed_pages, owed_segments, parse_page_ranges, segment_step
 from schemas.errors import ConfigError, ContractError, DecodeError, FetchError, error_struct
 from schemas.ids import record_key
 from schemas.source import SOURCE, UNIT
@@ -182,7 +182,7 @@ def ranges(parts):
     ],
 )
 def test_videos_are_cut_on_a_grid(duration, start, stop, expected):
-    parts = owed_segments(duration, start, stop, config())
+    parts = owed_segments(duration, start, stop, 30.0, 20_000)
     assert ranges(parts) == expected
     assert [part.key for part in parts] == [(begin, end) for _, begin, end in expected]
 
@@ -190,14 +190,14 @@ def test_videos_are_cut_on_a_grid(duration, start, stop, expected):
 def test_a_range_outside_the_video_is_an_error():
     for start, stop in ((100.0, None), (20.0, 10.0), (None, 0.0)):
         with pytest.raises(DecodeError) as caught:
-            owed_segments(50.0, start, stop, config())
+            owed_segments(50.0, start, stop, 30.0, 20_000)
         assert caught.value.code == "no_frames"
 
 
 def test_a_header_that_claims_years_is_too_long():
-    assert len(owed_segments(360_000.0, None, None, config())) == 12_000
+    assert len(owed_segments(360_000.0, None, None, 30.0, 20_000)) == 12_000
     with pytest.raises(DecodeError) as caught:
-        owed_segments(1e9, None, None, config())
+        owed_segments(1e9, None, None, 30.0, 20_000)
     assert caught.value.code == "too_long"
 
 
@@ -213,3 +213,18 @@ def test_a_video_is_cut_into_units_of_segments(probe, tmp_path):
     assert [len(unit["record_keys"]) for unit in units] == [len(unit["segments"]) for unit in units]
     assert all(unit["page_numbers"] is None for unit in units)
     assert units[0]["record_keys"][1] == record_key(units[0]["doc_id"], [1.0, 2.0], {"settings": "S"})
+
+
+@pytest.mark.parametrize(
+    ("duration", "frames", "step"),
+    [
+        (200.0, 4800, 30.0),
+        (0.04, 1, 30.0),
+        (360_000.0, 100, 60_000.0),
+        (360_000.0, 1, 360_000.0),
+        (36_000.0, 600, 990.0),
+        (36_000.0, None, 30.0),
+    ],
+)
+def test_a_sparse_video_has_longer_segments(duration, frames, step):
+    assert segment_step(duration, frames, 30.0) == step
