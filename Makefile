@@ -36,11 +36,17 @@ $(VENV)/.done-dev: $(VENV)/.done-runtime
 	@touch $@
 
 demo: $(VENV)/.done-runtime ## Read the sample documents and videos into ./demo-run. Needs no GPU and no weights.
+	@echo; echo "== 1 of 3: text of every page. Pages without a trustworthy text layer are read by the CPU engine."
 	$(BIN)/pagereel ocr jobs/samples/documents -o $(DEMO)/ocr --engine cpu
+	@$(BIN)/pagereel show $(DEMO)/ocr
+	@echo; echo "== 2 of 3: layout blocks. Pages that must be read go through the whole MiniCPM-V road, on random weights."
 	$(BIN)/pagereel parse jobs/samples/documents -o $(DEMO)/parse --model demo
+	@$(BIN)/pagereel show $(DEMO)/parse --chars 120
+	@echo; echo "== 3 of 3: captions of video segments, on random weights."
 	$(BIN)/pagereel caption jobs/samples/videos -o $(DEMO)/caption --model demo
+	@$(BIN)/pagereel show $(DEMO)/caption
 	@echo
-	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. hindi.pdf is an error row in ocr: the CPU engine cannot read it."
+	@echo "Results: $(DEMO)/ocr, $(DEMO)/parse, $(DEMO)/caption. What the demo model wrote means nothing: its weights are random."
 	@echo "Count:   $(BIN)/pagereel status $(DEMO)/ocr"
 	@echo "Load:    $(BIN)/python -c \"import pandas; print(pandas.read_parquet('$(DEMO)/ocr/pages'))\""
 	@echo "Again:   make demo resumes the same runs and computes nothing twice."

@@ -101,6 +101,18 @@ def status(
     raise typer.Exit(EXIT_DONE if accounting.complete else EXIT_INCOMPLETE)
 
 
+@app.command("show")
+def show_run(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    chars: Annotated[int, typer.Option(min=0, help="Characters of each text.")] = 240,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each table.")] = 20,
+) -> None:
+    """Look at the first pages, segments and errors of a run."""
+    from jobs.show import show
+
+    show(run, chars=chars, limit=limit)
+
+
 @app.command("doctor")
 def doctor(
     model: Annotated[str | None, typer.Option("--model", help="Also check that this model loads.")] = None,

@@ -73,7 +73,12 @@ def record_trunk(config: FlowConfig) -> list[Step]:
     """Records to committed rows: the model answers, answers are judged, the CPU engine reads what is left."""
     judge = Step(ParseCompletions, config.parse, cpus=0.25, same_worker=config.generate is not None)
     read = [Step(ReadPages, config.read, workers=(1, config.read_workers), rows_per_batch=4)] if config.read else []
-    return [*generate_step(config), judge, *read, Step(WriteRecords, config.write, cpus=0.25, rows_per_batch=32)]
+    return [
+        *generate_step(config),
+        judge,
+        *read,
+        Step(WriteRecords, config.write, cpus=0.25, workers=(1, 2), rows_per_batch=32),
+    ]
 
 
 def generate_step(config: FlowConfig) -> list[Step]:
