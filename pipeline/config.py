@@ -20,12 +20,17 @@ from operators.read import MODEL_ID, ReadPagesConfig
 from operators.skip import SkipSegmentsConfig
 from pipeline.reading import Reading
 from pipeline.sink import WriteRecordsConfig
-from pipeline.spec import RunSpec
+from pipeline.spec import RunSpec, segment_bytes
 from pipeline.versions import versions
 from schemas.ids import canonical_json, digest
 from schemas.vocabulary import SCHEMA_VERSION
 
 MAX_NEW_TOKENS = 4096
+GPU_BATCH_PROMPT_TOKENS = 65_536
+CPU_BATCH_PROMPT_TOKENS = 12_288
+"""A batch of eight long clips took 3.8 GB in float32 (seen): on a CPU there is nothing to gain from such width."""
+
+BATCH_PIXELS_BYTES = 256 * 2**20
 DECODER_PACKAGES = ("pymupdf", "decord", "av")
 
 
@@ -120,6 +125,7 @@ def compose(
     run_id: str,
     worker_count: int,
     gpu_count: int,
+    has_videos: bool = True,
     pass_index: int = 0,
 ) -> FlowConfig:
     """Return the options of every operator.
@@ -131,6 +137,7 @@ def compose(
         run_id: this call.
         worker_count: operators that can work at once.
         gpu_count: GPUs there are; 0 runs the model on the CPU.
+        has_videos: whether segments are among the records; their pixels bound how many go together.
         pass_index: above 0, rows of this call replace those of earlier passes.
     """
     settings = planning_settings(spec, reading)
@@ -182,7 +189,7 @@ def compose(
         read_workers=spec.workers or worker_count,
         gpu_workers=max(1, gpus) if reading.uses_gpu else 1,
         gpus_per_worker=1.0 if reading.uses_gpu else 0.0,
-        record_rows=32 if reading.uses_gpu else 8,
+        record_rows=_record_rows(spec, reading, has_videos=has_videos),
     )
 
 
@@ -197,9 +204,16 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "device": "cuda" if reading.uses_gpu else "cpu",
             "dtype": spec.dtype,
             "max_new_tokens": _max_new_tokens(spec, reading),
+            "max_batch_prompt_tokens": GPU_BATCH_PROMPT_TOKENS if reading.uses_gpu else CPU_BATCH_PROMPT_TOKENS,
             "temperature": spec.temperature,
         }
     )
+
+
+def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:
+    """Return how many records go to the model together: segments hold tens of MB of pixels each."""
+    most = 32 if reading.uses_gpu else 8
+    return max(1, min(most, int(BATCH_PIXELS_BYTES // segment_bytes(spec)))) if has_videos else most
 
 
 def _max_new_tokens(spec: RunSpec, reading: Reading) -> int:

@@ -77,6 +77,7 @@ class RayExecutor:
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._meter: Any = None
+        self._last_steps: dict[str, dict[str, Any]] = {}
         self._started = False
         self.worker_count = 1
 
@@ -122,8 +123,11 @@ class RayExecutor:
             raise TransientError(connect.root_cause(error)) from error
 
     def steps(self) -> dict[str, dict[str, Any]]:
-        """Return the counts so far; empty before Ray is there."""
-        return self._meter.snapshot() if self._meter is not None else {}
+        """Return the counts so far; the last ones once Ray is gone."""
+        meter = self._meter
+        if meter is not None:
+            self._last_steps = meter.snapshot()
+        return self._last_steps
 
     def gpu_count(self) -> int:
         """Return the GPUs of the cluster."""

@@ -221,7 +221,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.started_at = utc_now()
         self.frames = 0
-        self.routes: Counter[str] = Counter()
+        self.counts = PlanCounts()
 
     def go(self) -> RunSummary:
         started = time.perf_counter()
@@ -305,6 +305,7 @@ class _Run:
             run_id=self.run_id,
             worker_count=self.executor.worker_count,
             gpu_count=self.executor.gpu_count() if self.reading.uses_gpu else 0,
+            has_videos=bool(self.counts.records_by_kind["video"]),
             pass_index=self.again.pass_index if self.again else 0,
         )
 

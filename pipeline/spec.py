@@ -106,12 +106,10 @@ class RunSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunSpec":
-        seconds = min(self.segment_seconds, self.max_frames / self.fps)
-        images = min(self.max_frames, seconds * self.fps) * (2 if self.stack_frames > 1 else 1)
-        slices = images * (1 + (self.video_max_slices if self.video_max_slices > 1 else 0))
-        if slices * BYTES_PER_SLICE > LARGEST_SEGMENT_PIXELS_BYTES:
+        found = segment_bytes(self)
+        if found > LARGEST_SEGMENT_PIXELS_BYTES:
             raise ValueError(
-                f"a video segment would carry {slices * BYTES_PER_SLICE / 2**20:.0f} MB of pixels, at most "
+                f"a video segment would carry {found / 2**20:.0f} MB of pixels, at most "
                 f"{LARGEST_SEGMENT_PIXELS_BYTES / 2**20:.0f} fit: lower segment_seconds, fps, max_frames or "
                 "video_max_slices"
             )
@@ -120,6 +118,14 @@ class RunSpec(BaseModel):
     def stored(self) -> dict[str, Any]:
         """Return the spec as it may be written down: without the password."""
         return self.model_dump(mode="json", exclude={"password"}) | {"password_given": self.password is not None}
+
+
+def segment_bytes(spec: RunSpec) -> float:
+    """Return the bytes of pixels that a segment of full length carries, before compression."""
+    seconds = min(spec.segment_seconds, spec.max_frames / spec.fps)
+    images = min(spec.max_frames, seconds * spec.fps) * (2 if spec.stack_frames > 1 else 1)
+    slices = images * (1 + (spec.video_max_slices if spec.video_max_slices > 1 else 0))
+    return slices * BYTES_PER_SLICE
 
 
 HOW_ONLY = (

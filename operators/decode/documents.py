@@ -147,6 +147,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                 if not was_opened or error.code not in DEATH_CODES:
                     raise
                 deaths += 1
+                error.stage = "render"
                 page.failure = error
                 owed.popleft()
                 yield page

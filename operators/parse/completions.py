@@ -58,12 +58,20 @@ class ParseCompletions(Operator[ParseCompletionsConfig]):
         has_pixels = pc.is_valid(table["pixels"]).to_pylist()
         for row, pixels in zip(rows, has_pixels, strict=True):
             if row["error"] is None and row["status"] is None:
+                lost = lost_frames(row["recovered"])
                 row.update(answer_row(row, self.config, has_pixels=pixels))
+                if row["status"] == "success" and lost:
+                    row["status"] = "partial_success"
         columns = {name: [row.get(name) for row in rows] for name in self.adds.names if name != "pixels"}
         waiting = pa.array([row["error"] is None and row["status"] is None for row in rows])
         kept = pc.if_else(waiting, table["pixels"], pa.scalar(None, pa.large_binary()))
         index = table.schema.get_field_index("pixels")
         return with_columns(table.set_column(index, RECORD.field("pixels"), kept), columns, self.adds)
+
+
+def lost_frames(recovered: list[dict[str, Any]] | None) -> bool:
+    """Return whether a part of the source could not be decoded: what was answered is not the whole."""
+    return any(error["stage"] in ("demux", "sample") for error in recovered or [])
 
 
 def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixels: bool) -> dict[str, Any]:

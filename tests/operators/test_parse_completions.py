@@ -235,3 +235,14 @@ def test_batch_composition_does_not_change_a_row() -> None:
     together = _run(*rows)
     assert together == [_run(row)[0] for row in rows]
     assert isinstance(rows_to_table(together, RECORD), pa.Table)
+
+
+def test_a_segment_that_lost_frames_is_a_partial_success() -> None:
+    damage = {"stage": "sample", "error_code": "truncated_stream", "error_category": "corrupt_input", "message": "cut"}
+    row = {
+        "kind": "video", "task": "caption", "route": "model", "completion": "A dog runs.", "finish_reason": "stop",
+        "recovered": [damage],
+    }  # fmt: skip
+    [result] = ParseCompletions(ParseCompletionsConfig())(rows_to_table([row], RECORD)).to_pylist()
+    assert (result["status"], result["text"]) == ("partial_success", "A dog runs.")
+    assert [error["error_code"] for error in result["recovered"]] == ["truncated_stream"]
