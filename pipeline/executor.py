@@ -1,5 +1,6 @@
 """Where a flow runs: on Ray, started only when there is something to do, or as a plain loop."""
 
+import socket
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -9,7 +10,27 @@ from pipeline import local
 from pipeline.metrics import Meter
 from pipeline.spec import RunSpec
 from pipeline.step import Flow
-from schemas.errors import TransientError
+from schemas.errors import ConfigError, TransientError
+
+
+ADDRESS_TIMEOUT_SECONDS = 3.0
+
+
+def check_address(address: str) -> None:
+    """Refuse the address of a cluster at which nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        ConfigError: nobody listens there.
+    """
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdigit():
+        if address != "auto":
+            raise ConfigError(f"cluster address {address!r} is neither host:port nor auto")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r}: {error}") from error
 
 
 class Executor(Protocol):

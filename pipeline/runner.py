@@ -13,7 +13,7 @@ import pyarrow as pa
 from operators.probe import parse_page_ranges
 from pipeline.accounting import Accounting, account
 from pipeline.config import FlowConfig, compose, planning_settings
-from pipeline.executor import Executor, LocalExecutor, RayExecutor
+from pipeline.executor import Executor, LocalExecutor, RayExecutor, check_address
 from pipeline.flow import VIDEO_HEAD, head_of, plan_flow, record_flow
 from pipeline.lease import Lease
 from pipeline.ledger import Again, CommittedRecords, Ledger, utc_now
@@ -175,11 +175,13 @@ def check_request(spec: RunSpec) -> None:
     """Refuse what can be refused by looking at the spec and the local inputs alone.
 
     Raises:
-        ConfigError: an input is not there, or the page ranges cannot be read.
+        ConfigError: an input or a cluster is not there, or the page ranges cannot be read.
     """
     check_inputs(spec.inputs)
     if spec.pages:
         parse_page_ranges(spec.pages)
+    if spec.address:
+        check_address(spec.address)
 
 
 def _step_facts(step: Any) -> dict[str, Any]:
