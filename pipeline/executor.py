@@ -12,7 +12,6 @@ from pipeline.spec import RunSpec
 from pipeline.step import Flow
 from schemas.errors import ConfigError, TransientError
 
-
 ADDRESS_TIMEOUT_SECONDS = 3.0
 
 
