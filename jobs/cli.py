@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import traceback
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -14,6 +16,7 @@ from jobs.terminal import own_terminal
 from pipeline.spec import RunSpec, Task, make_spec
 from schemas.errors import ConfigError, PagereelError
 
+INTERRUPTED = 128 + signal.SIGINT
 EXIT_DONE, EXIT_CONFIG, EXIT_INCOMPLETE, EXIT_ERROR_RATE = 0, 2, 3, 4
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -179,9 +182,14 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for name in ("ray", "ray.data", "transformers", "fsspec", "s3fs", "botocore"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # An orderly end, as by Ctrl-C: a scheduler that takes the machine back sends this first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = app(standalone_mode=False)
         status = result if isinstance(result, int) else EXIT_DONE
+        # Typer turns an interrupt into this status of its own.
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
     except ConfigError as error:
         _say(" ".join(str(error).split()))
         status = EXIT_CONFIG
@@ -199,4 +207,8 @@ def main() -> None:
         status = EXIT_INCOMPLETE
     except BrokenPipeError:
         status = EXIT_DONE
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exc()
+        _say(f"a defect ended the run ({type(error).__name__}, see above); the same command resumes")
+        status = EXIT_INCOMPLETE
     sys.exit(status)

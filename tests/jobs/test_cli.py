@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pymupdf
@@ -105,6 +107,30 @@ def test_an_error_rate_above_the_one_allowed_is_status_4_only_when_asked(tmp_pat
     loose = pagereel("ocr", document.parent, "-o", tmp_path / "loose", "--local", "--quiet")
     strict = pagereel("ocr", document.parent, "-o", tmp_path / "strict", "--local", "--quiet", "--max-error-rate", 0.1)
     assert (loose.returncode, strict.returncode) == (0, 4)
+
+
+def test_a_run_that_is_told_to_end_says_so_and_resumes(tmp_path):
+    made = pymupdf.open()
+    for number in range(400):
+        made.new_page().insert_text((72, 72), f"Page {number + 1} has words enough to be trusted as a text layer.")
+    made.save(tmp_path / "long.pdf")
+    command = [sys.executable, "-m", "jobs", "ocr", str(tmp_path / "long.pdf"), "-o", str(tmp_path / "out"), "--local"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    commits = tmp_path / "out" / "ledger" / "commits"
+    deadline = time.monotonic() + 100
+    while not list(commits.glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert errors.strip().splitlines()[-1] == "pagereel: interrupted; the same command resumes"
+    done = pagereel("ocr", tmp_path / "long.pdf", "-o", tmp_path / "out", "--local", "--json")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["complete"]
+    assert summary["resumed"] > 0
+    assert summary["resumed"] + summary["computed"] == 400
 
 
 def test_help_names_every_option_of_the_spec():
