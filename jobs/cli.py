@@ -78,7 +78,7 @@ def run_file(
 def _plan(inputs: Inputs, task: Task, as_json: Json, options: dict[str, Any]) -> None:
     """Show what a run would do: sources, units, records, and the steps of its flow. Writes nothing."""
     from jobs.summary import print_plan
-    from pipeline.runner import plan
+    from pipeline.preview import plan
 
     spec = make_spec({"task": task, "inputs": inputs, "output": "-", **options})
     print_plan(plan(spec), as_json=as_json)

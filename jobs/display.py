@@ -18,6 +18,10 @@ SILENCE_SECONDS = 60.0
 """Without news a line still comes this often: a sign of life in a log."""
 JSON_INTERVAL_SECONDS = 2.0
 
+PHASE_WORDS = {
+    "list": "listing", "start": "starting workers", "plan": "planning", "publish": "writing the tables",
+}  # fmt: skip
+
 
 def duration(seconds: float | None) -> str:
     """Return seconds as a person writes them: `42 s`, `3 min 05 s`, `2 h 10 min`."""
@@ -44,6 +48,14 @@ def counts_line(progress: Progress) -> str:
     if progress.errors:
         parts.append("errors: " + ", ".join(f"{name} {count}" for name, count in progress.errors.most_common(4)))
     return ", ".join(parts)
+
+
+def phase_line(progress: Progress) -> str:
+    """Return one line on a phase before or after the flow."""
+    parts = [PHASE_WORDS.get(progress.phase, progress.phase), f"{progress.sources} sources"]
+    if progress.planned:
+        parts.append(f"{progress.planned} pages and segments")
+    return f"{', '.join(parts)}, {duration(progress.seconds)} so far"
 
 
 class JsonDisplay:
@@ -91,10 +103,10 @@ class PlainDisplay:
         """Write how far the run is."""
         now = time.monotonic()
         wait = PLAIN_INTERVAL_SECONDS if progress.done != self._last_done else SILENCE_SECONDS
-        if self._quiet or progress.phase != "run" or now - self._last < wait:
+        if self._quiet or now - self._last < wait:
             return
         self._last, self._last_done = now, progress.done
-        self.note(counts_line(progress))
+        self.note(counts_line(progress) if progress.phase == "run" else phase_line(progress))
 
 
 class LiveDisplay:

@@ -11,9 +11,14 @@ from pydantic.fields import FieldInfo
 
 from pipeline.spec import RunSpec
 
+ENVIRONMENT = {"password": "PAGEREEL_PASSWORD", "address": "RAY_ADDRESS"}
+"""Secrets and addresses may come from the environment; a job on a Ray cluster finds RAY_ADDRESS set."""
+
 ARGUMENT_FIELDS = ("task", "inputs", "output")
 GROUPS = {
-    "What to read": ("pages", "password", "text_layer", "limit", "retry_failed"),
+    "What to read": (
+        "pages", "start_seconds", "stop_seconds", "password", "text_layer", "limit", "retry_failed",
+    ),
     "Model": (
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
     ),
@@ -41,7 +46,7 @@ def _parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     help_text = field.description or ""
     if field.default not in (None, False):
         help_text += f" [default: {field.default}]"
-    extra: dict[str, Any] = {"envvar": "PAGEREEL_PASSWORD", "show_envvar": True} if name == "password" else {}
+    extra: dict[str, Any] = {"envvar": ENVIRONMENT[name], "show_envvar": True} if name in ENVIRONMENT else {}
     option = typer.Option(*declared, help=help_text, rich_help_panel=panel, show_default=False, **extra)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[wanted | None, option]

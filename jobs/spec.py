@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from jobs.options import ENVIRONMENT
 from pipeline.spec import RunSpec, make_spec
 from schemas.errors import ConfigError
 
@@ -36,6 +37,7 @@ def load_spec(path: str, overrides: dict[str, Any] | None = None) -> RunSpec:
         options["inputs"] = [options["inputs"]]
     if "password" in options:
         raise ConfigError("a job file holds no password: set PAGEREEL_PASSWORD or use a manifest's password column")
-    if os.environ.get("PAGEREEL_PASSWORD"):
-        options["password"] = os.environ["PAGEREEL_PASSWORD"]
+    for name, variable in ENVIRONMENT.items():
+        if os.environ.get(variable) and not options.get(name):
+            options[name] = os.environ[variable]
     return make_spec(options | (overrides or {}))

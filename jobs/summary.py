@@ -10,7 +10,8 @@ from rich.text import Text
 
 from jobs.display import duration
 from pipeline.accounting import Accounting
-from pipeline.runner import PlanReport, RunSummary
+from pipeline.preview import PlanReport
+from pipeline.summary import RunSummary
 
 
 def _console() -> Console:
@@ -32,19 +33,21 @@ def _counts(values: dict[str, int]) -> str:
 def print_summary(summary: RunSummary) -> None:
     """Print what a run did, whether everything is accounted for, and where the tables are."""
     table = _grid()
-    table.add_row("task", f"{summary.task}, {_engine(summary)}")
-    table.add_row("sources", f"{summary.sources} ({summary.failed_sources} could not be opened)")
-    table.add_row("rows", _counts(summary.statuses))
+    table.add_row("task", Text(f"{summary.task}, {_engine(summary)}"))
+    table.add_row("sources", Text(f"{summary.sources} ({summary.failed_sources} could not be opened)"))
+    table.add_row("rows", Text(_counts(summary.statuses)))
     if summary.routes:
-        table.add_row("pages read by", _counts(summary.routes))
-    table.add_row("errors", _counts(summary.errors))
-    table.add_row("this call", _work(summary))
-    table.add_row("time", _times(summary.seconds))
+        table.add_row("pages read by", Text(_counts(summary.routes)))
+    table.add_row("errors", Text(_counts(summary.errors)))
+    table.add_row("this call", Text(_work(summary)))
+    table.add_row("time", Text(_times(summary.seconds)))
     if summary.output_tokens:
-        table.add_row("tokens", f"{summary.output_tokens} written, {summary.image_tokens} visual")
+        table.add_row("tokens", Text(f"{summary.output_tokens} written, {summary.image_tokens} visual"))
     if summary.cost is not None:
         per_million = summary.cost_per_million_pages
-        table.add_row("cost", f"{summary.cost:.4f}" + (f", {per_million:.2f} per million pages" if per_million else ""))
+        table.add_row(
+            "cost", Text(f"{summary.cost:.4f}" + (f", {per_million:.2f} per million pages" if per_million else ""))
+        )
     console = _console()
     console.print(table)
     console.print(Text(_identity(summary), style="green" if summary.complete else "bold red"))
@@ -98,7 +101,7 @@ def print_status(accounting: Accounting, run: str, *, as_json: bool) -> None:
         return
     table = _grid()
     for name, value in accounting.table():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     _console().print(table)
 
 
@@ -123,14 +126,14 @@ def print_plan(report: PlanReport, *, as_json: bool) -> None:
         )
         return
     table = _grid()
-    table.add_row("engine", f"{report.reading.engine}: {report.reading.reason}")
+    table.add_row("engine", Text(f"{report.reading.engine}: {report.reading.reason}"))
     table.add_row(
         "sources", f"{counts.sources} ({counts.failed_sources} cannot be opened: {_counts(dict(report.errors))})"
     )
-    table.add_row("units", str(counts.units))
-    table.add_row("rows owed", f"{counts.records} ({_counts(dict(counts.records_by_kind))})")
+    table.add_row("units", Text(str(counts.units)))
+    table.add_row("rows owed", Text(f"{counts.records} ({_counts(dict(counts.records_by_kind))})"))
     if report.passed_over:
-        table.add_row("passed over", f"{report.passed_over} files that are no documents or videos by their names")
+        table.add_row("passed over", Text(f"{report.passed_over} files that are no documents or videos by their names"))
     console = _console()
     console.print(table)
     console.print(_steps_table(report.steps))

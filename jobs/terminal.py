@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from schemas.errors import ConfigError
+
 
 @contextlib.contextmanager
 def own_terminal() -> Iterator[tuple[TextIO, TextIO, Path]]:
     """Redirect file descriptors 1 and 2 to a log file; yield streams to the real output and error, and the log's path.
 
     Ray's core worker and raylet write to the descriptors directly, whatever Python's logging is told. The log is
-    removed at the end unless an exception passes.
+    removed at the end unless an exception passes that it may explain.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -24,10 +26,13 @@ def own_terminal() -> Iterator[tuple[TextIO, TextIO, Path]]:
     for number in (1, 2):
         os.dup2(handle, number)
     os.close(handle)
-    failed = True
+    keep = True
     try:
         yield streams[0], streams[1], path
-        failed = False
+        keep = False
+    except (ConfigError, KeyboardInterrupt):
+        keep = False
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -35,5 +40,5 @@ def own_terminal() -> Iterator[tuple[TextIO, TextIO, Path]]:
             stream.flush()
             os.dup2(stream.fileno(), number)
             stream.close()
-        if not failed:
+        if not keep:
             path.unlink(missing_ok=True)

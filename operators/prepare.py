@@ -115,7 +115,7 @@ class _Prepare(Operator[PrepareConfig]):
             return {"error": error_struct(failure, type(self).__name__)}
 
     def prepare(self, table: pa.Table, row: int) -> dict[str, Any]:
-        """Return the columns that `makes` names of one row; absent ones are null.
+        """Return the columns that `makes` names of one row, and `error` where it failed late; absent ones are null.
 
         Raises:
             RecordError: this row cannot be prepared.
@@ -155,7 +155,11 @@ class _Prepare(Operator[PrepareConfig]):
 
 
 class PrepareImages(_Prepare):
-    """Slice each page that a model will read and build its prompt; keep whole the pages that the CPU engine reads."""
+    """Slice each page that a model will read and build its prompt; keep whole the pages that the CPU engine reads.
+
+    A page that cannot be asked of the model, its prompt being too long, is kept whole beside its error: the CPU engine
+    may still read it.
+    """
 
     makes = (*PIXELS.names, *REQUEST.names)
 
@@ -165,17 +169,23 @@ class PrepareImages(_Prepare):
         if route not in ("model", "cpu"):
             return {}
         image = page_image(table, row)
+        whole = Pictures(image.reshape(-1), (Size(*image.shape[:2]),), (Grid(0, 0),))
         if route == "cpu":
-            pictures = Pictures(image.reshape(-1), (Size(*image.shape[:2]),), (Grid(0, 0),))
-            key = content_key(pictures.digest(), digest(), {"route": "cpu", "decode": self.config.decode_params})
-            return pictures.columns() | {"content_key": key}
+            key = content_key(whole.digest(), digest(), {"route": "cpu", "decode": self.config.decode_params})
+            return whole.columns() | {"content_key": key}
+        try:
+            return self._asked(image, table["task"][row].as_py(), table["kind"][row].as_py())
+        except RecordError as failure:
+            return whole.columns() | {"error": error_struct(failure, type(self).__name__)}
+
+    def _asked(self, image: NDArray[np.uint8], task: str, kind: str) -> dict[str, Any]:
         sliced = slice_image(image, self.config.slicing)
         pictures = Pictures(
             np.concatenate([piece.reshape(-1) for piece in sliced.slices]),
             tuple(Size(*piece.shape[:2]) for piece in sliced.slices),
             (sliced.grid,),
         )
-        request = self.request(pictures, table["task"][row].as_py(), table["kind"][row].as_py())
+        request = self.request(pictures, task, kind)
         return pictures.columns() | request
 
 

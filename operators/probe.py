@@ -80,7 +80,7 @@ class ProbeSources(Operator[ProbeConfig]):
     def _units(self, source: dict[str, Any]) -> list[dict[str, Any]]:
         unit = {name: source[name] for name in SOURCE_COLUMNS} | {"task": self.config.task}
         if source["error"] is not None:
-            return [failed_unit(unit, source["error"])]
+            return [failed_unit(unit, source, source["error"])]
         try:
             with local_copy(source["source_uri"], source["source_ref"], self.config.fetch) as path:
                 unit["doc_id"] = sha256_of(path)
@@ -90,7 +90,7 @@ class ProbeSources(Operator[ProbeConfig]):
             return cut_units(unit, owed_parts(unit, source, self.config), self.config)
         except RecordError as error:
             notes = getattr(error, "__notes__", [])
-            return [failed_unit(unit, error_struct(error, COMPONENT, notes[0] if notes else None))]
+            return [failed_unit(unit, source, error_struct(error, COMPONENT, notes[0] if notes else None))]
 
     def _facts(self, found: Sniffed, path: Path, password: str | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"path": str(path)}
@@ -110,9 +110,13 @@ def name_of(source: dict[str, Any]) -> str:
     return PurePosixPath(reference.get("member") or source["source_uri"].partition("?")[0]).name
 
 
-def failed_unit(unit: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
-    """Return the one unit of a source that cannot be done; `error` is a value of the `ERROR` struct."""
-    unit_id = unit_id_of(unit, "error", "")
+def failed_unit(unit: dict[str, Any], source: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
+    """Return the one unit of a source that cannot be done; `error` is a value of the `ERROR` struct.
+
+    What was asked for goes into its id: several ranges of one file are several sources, and each may fail.
+    """
+    asked = [source[name] for name in ("page_ranges", "start_seconds", "stop_seconds")]
+    unit_id = unit_id_of(unit, canonical_json(["error", *asked]), "")
     kept = {name: value for name, value in unit.items() if name not in SOURCE_FACTS.names}
     facts = {name: unit.get(name) for name in ("doc_id", "kind", "mime_type")}
     return kept | facts | {"unit_id": unit_id, "error": error}

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, with_columns
-from operators.orientation import has_text_lines, hull_size
+from operators.orientation import has_text_lines
 from operators.reading_order import Box, Group, group_lines
 from operators.text_lines import LineReader, TextLine
 from schemas.errors import GenerationError, error_struct
@@ -28,8 +29,8 @@ READS: Final = pa.schema(
     [
         RECORD.field(name)
         for name in (
-            "record_key", "task", "route", "page_width_pt", "page_height_pt", "rotation", "skew_degrees",
-            "pixels", "pixel_encoding", "slice_shapes", "slice_grids", "status", "raw_output", "error", "recovered",
+            "record_key", "task", "route", "page_width_pt", "page_height_pt", "pixels", "pixel_encoding",
+            "slice_shapes", "slice_grids", "status", "raw_output", "error", "recovered",
         )
     ]
 )  # fmt: skip
@@ -38,7 +39,7 @@ ADDS: Final = pa.schema(
         RECORD.field(name)
         for name in (
             "status", "text", "plain_text", "raw_output", "blocks", "parse_status", "confidence", "finish_reason",
-            "engine", "weights_kind", "model_id", "generate_ms", "error", "recovered",
+            "engine", "weights_kind", "model_id", "generate_ms", "pixels", "error", "recovered",
         )
     ]
 )  # fmt: skip
@@ -74,13 +75,12 @@ class ReadPages(Operator[ReadPagesConfig]):
     The page image is put together from its slices: the whole page where the grid is 0 x 0, else the grid's cells
     row by row, without the overview.
 
-    Blocks (task `parse`) carry `bbox` in PDF points of the page as a viewer displays it, after `/Rotate`, origin
-    top-left. The image that was read may have been turned by `rotation` and then by `skew_degrees`
-    (see `orientation.upright`); boxes are mapped back through both, and are the upright hull of what comes out.
+    Blocks (task `parse`) carry `bbox` in PDF points of the page that was read, origin top-left: a scan that was turned
+    or deskewed is read upright, and `page_width_pt` x `page_height_pt` is the size of the upright page.
 
     A page whose unread lines are few loses those lines: status `partial_success`, and a failure is added to
     `recovered`. A row that comes after a failed model attempt, with `raw_output` or `recovered` set, ends as
-    `fallback`, and keeps its `raw_output`.
+    `fallback`, and keeps its `raw_output`. The pixels of a row end here: they are null once it was read.
     """
 
     reads = READS
@@ -94,12 +94,14 @@ class ReadPages(Operator[ReadPagesConfig]):
         """Return `table` with the results of the rows that were read."""
         rows = table.drop_columns(["pixels"]).to_pylist()
         pixels = table.column("pixels")
-        results = []
+        due = [_is_due(row) for row in rows]
         for index, row in enumerate(rows):
-            if _is_due(row):
+            if due[index]:
                 row |= self._read({**row, "pixels": pixels[index].as_py()})
-            results.append(row)
-        return with_columns(table, {name: [row.get(name) for row in results] for name in ADDS.names}, ADDS)
+        left = pc.if_else(pa.array(due), pa.scalar(None, pa.large_binary()), pixels)
+        table = table.set_column(table.schema.get_field_index("pixels"), RECORD.field("pixels"), left)
+        columns = {name: [row.get(name) for row in rows] for name in ADDS.names if name != "pixels"}
+        return with_columns(table, columns, ADDS)
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
@@ -168,31 +170,22 @@ def unread_share(lines: Sequence[TextLine], kept: Sequence[TextLine]) -> float:
     return 1 - sum(line.area_px for line in kept) / area if area else 0.0
 
 
-def displayed_box(
+def page_box(
     polygon: NDArray[np.float32], image_height_px: int, image_width_px: int, row: dict[str, Any]
 ) -> Box | None:
-    """Return the hull of `polygon` in PDF points of the displayed page, origin top-left; None without a page size.
+    """Return the hull of `polygon` in PDF points of the page that was read, origin top-left; None without a page size.
 
     Args:
-        polygon: (N, 2), x and y in pixels of the upright image.
-        image_height_px: height of the upright image, after turn and deskew.
+        polygon: (N, 2), x and y in pixels of the image.
+        image_height_px: height of the image, all of the page.
         image_width_px: its width.
-        row: `page_width_pt` and `page_height_pt` of the displayed page, and the `rotation` and `skew_degrees` that
-            were applied to it to make the image.
+        row: `page_width_pt` and `page_height_pt`, the size of the same page.
     """
     width, height = row["page_width_pt"], row["page_height_pt"]
     if not width or not height:
         return None
-    quarters, skew = (row["rotation"] or 0) // 90 % 4, row["skew_degrees"] or 0.0
-    turned_height, turned_width = (width, height) if quarters % 2 else (height, width)
-    canvas_height, canvas_width = hull_size(turned_height, turned_width, skew)
-    xs = polygon[:, 0] * canvas_width / image_width_px - canvas_width / 2
-    ys = polygon[:, 1] * canvas_height / image_height_px - canvas_height / 2
-    sine, cosine = math.sin(math.radians(skew)), math.cos(math.radians(skew))
-    xs, ys = xs * cosine - ys * sine, xs * sine + ys * cosine
-    for _ in range(quarters):
-        xs, ys = ys, -xs
-    xs, ys = np.clip(xs + width / 2, 0, width), np.clip(ys + height / 2, 0, height)
+    xs = np.clip(polygon[:, 0] * width / image_width_px, 0, width)
+    ys = np.clip(polygon[:, 1] * height / image_height_px, 0, height)
     return Box(float(xs.min()), float(ys.min()), float(xs.max()), float(ys.max()))
 
 
@@ -247,7 +240,7 @@ def _mean_score(lines: Sequence[TextLine]) -> float:
 
 def _succeeded(row: dict[str, Any], lines: Sequence[TextLine], image: NDArray[np.uint8]) -> dict[str, Any]:
     height, width = image.shape[:2]
-    blocks, plain_text = _layout(lines, lambda polygon: displayed_box(polygon, height, width, row))
+    blocks, plain_text = _layout(lines, lambda polygon: page_box(polygon, height, width, row))
     is_parse = row["task"] == "parse"
     return {
         "status": "fallback" if row["raw_output"] is not None or row["recovered"] else "success",

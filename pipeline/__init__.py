@@ -6,8 +6,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.runner import RunSummary, run
+    from pipeline.runner import run
     from pipeline.spec import RunSpec
+    from pipeline.summary import RunSummary
 
 __all__ = ["RunSpec", "RunSummary", "run"]
 
@@ -18,8 +19,12 @@ def __getattr__(name: str) -> Any:
         from pipeline.spec import RunSpec
 
         return RunSpec
-    if name in ("run", "RunSummary"):
-        from pipeline import runner
+    if name == "RunSummary":
+        from pipeline.summary import RunSummary
 
-        return getattr(runner, name)
+        return RunSummary
+    if name == "run":
+        from pipeline.runner import run
+
+        return run
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

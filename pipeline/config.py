@@ -25,6 +25,9 @@ from pipeline.versions import versions
 from schemas.ids import canonical_json, digest
 from schemas.vocabulary import SCHEMA_VERSION
 
+RULES_VERSION = "1"
+"""Raised when a change of ours changes rows: how text layers are judged, answers parsed, frames chosen."""
+
 MAX_NEW_TOKENS = 4096
 GPU_BATCH_PROMPT_TOKENS = 65_536
 CPU_BATCH_PROMPT_TOKENS = 12_288
@@ -92,13 +95,14 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
         "schema_version": SCHEMA_VERSION,
         "task": spec.task,
         "engine": reading.engine,
-        "model": [reading.model_id, reading.model_revision, reading.weights_kind],
-        "dtype": spec.dtype,
+        "model": _model_identity(reading),
+        "dtype": _dtype(spec, reading),
         "decode_params": json.loads(_decode_params(spec, reading)),
         "thinking": spec.thinking,
         "use_image_id": spec.use_image_id,
         "decoders": {name: found[name] for name in DECODER_PACKAGES},
-        "cpu_engine": MODEL_ID,
+        "cpu_engine": [MODEL_ID, found["rapidocr-onnxruntime"], ReadPagesConfig().model_dump(exclude={"threads"})],
+        "rules": RULES_VERSION,
     }
     pages = shared | {
         "text_layer": spec.text_layer,
@@ -179,7 +183,7 @@ def compose(
         write=WriteRecordsConfig(
             run_uri=run_uri,
             run_id=run_id,
-            repro_template=f"pagereel {spec.task} {{source}} {{part}} -o repro",
+            repro_template=spec.repro_template(),
             downsample_mode=page_slicing.downsample_mode if reading.model else None,
             max_slice_nums=page_slicing.max_slices if reading.model else None,
             pass_index=pass_index,
@@ -202,12 +206,26 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "model_revision": reading.model_revision,
             "weights_kind": reading.weights_kind,
             "device": "cuda" if reading.uses_gpu else "cpu",
-            "dtype": spec.dtype,
+            "dtype": _dtype(spec, reading),
             "max_new_tokens": _max_new_tokens(spec, reading),
             "max_batch_prompt_tokens": GPU_BATCH_PROMPT_TOKENS if reading.uses_gpu else CPU_BATCH_PROMPT_TOKENS,
             "temperature": spec.temperature,
         }
     )
+
+
+def _model_identity(reading: Reading) -> list[str | None]:
+    """Return what tells one model from another: a local folder may move, the hash of its files stays."""
+    name = reading.model_id if reading.weights_kind == "released" else None
+    return [name, reading.model_revision, reading.weights_kind]
+
+
+def _dtype(spec: RunSpec, reading: Reading) -> str | None:
+    if reading.model is None:
+        return None
+    if spec.dtype != "auto":
+        return spec.dtype
+    return "bf16" if reading.uses_gpu else "fp32"
 
 
 def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:

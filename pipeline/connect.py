@@ -37,7 +37,6 @@ BLOCK_BYTES = 32 * 2**20
 """Largest block between steps: little to redo on a retry, and an early first row."""
 
 TASK_RETRIES = 3
-NO_PROGRESS_SECONDS = 900
 
 NAMED_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): \S")
 
@@ -85,7 +84,8 @@ def start_ray(cluster: Cluster) -> None:
             options["num_gpus"] = cluster.gpus
         if cluster.object_store_bytes:
             options["object_store_memory"] = cluster.object_store_bytes
-        ray.init(**options)
+        # Without it RAY_ADDRESS, or a Ray that somebody started on this machine, would be joined instead.
+        ray.init(address="local", **options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = cluster.address or "this machine"
         raise ConfigError(f"Ray does not start on {where}: {str(error).splitlines()[0]}") from error
@@ -105,7 +105,7 @@ def quiet_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def configure_data() -> None:
+def configure_data(no_progress_seconds: int) -> None:
     """Set the Ray Data options that the flow relies on."""
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
@@ -113,7 +113,7 @@ def configure_data() -> None:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_SECONDS
+    context.execution_no_progress_timeout_s = no_progress_seconds
     context.actor_init_retry_on_errors = False
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -140,6 +140,8 @@ def root_cause(error: BaseException) -> str:
     Ray wraps the worker's exception several times over, and prints its traceback into messages; the last line that
     names an exception is the one that a person can act on.
     """
+    if isinstance(error, ExecutionTimeoutError):
+        return str(error).strip().splitlines()[0] if str(error).strip() else "no block moved for too long"
     named: list[str] = []
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -168,7 +170,7 @@ def run_flow(flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter") -> Ite
     Raises:
         ContractError: the steps do not fit together, before any worker starts.
     """
-    configure_data()
+    configure_data(flow.no_progress_seconds)
     used = [name for name, held in inputs.items() if held]
     for name in used:
         check_contract([*flow.heads[name], *flow.trunk], flow.incoming)

@@ -133,6 +133,7 @@ class RayExecutor:
         """Yield what the last step returns.
 
         Raises:
+            ConfigError: a worker cannot be built as the spec wants it.
             TransientError: Ray gave up; another attempt over what is still owed may succeed.
         """
         from pipeline import connect
@@ -140,7 +141,12 @@ class RayExecutor:
         try:
             yield from connect.run_flow(flow, inputs, self._meter)
         except connect.RAY_ERRORS as error:
-            raise TransientError(connect.root_cause(error)) from error
+            cause = connect.root_cause(error)
+            name, _, message = cause.partition(": ")
+            if name.rpartition(".")[2] == ConfigError.__name__:
+                # A worker that cannot be built, as for weights that do not load, will not be at the next attempt.
+                raise ConfigError(message) from error
+            raise TransientError(cause) from error
 
     def steps(self) -> dict[str, dict[str, Any]]:
         """Return the counts so far; the last ones once Ray is gone."""

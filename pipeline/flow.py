@@ -27,6 +27,12 @@ from schemas.source import SOURCE
 
 DOCUMENT_HEAD = "documents"
 VIDEO_HEAD = "videos"
+HEADS = (DOCUMENT_HEAD, VIDEO_HEAD)
+"""In the order in which units are handed out."""
+
+NO_PROGRESS_SECONDS = 3600
+SLOW_PROGRESS_SECONDS = 6 * 3600
+"""A model of full size on a CPU can take hours over one batch, during which no block moves."""
 
 
 def head_of(kind: str) -> str:
@@ -48,6 +54,9 @@ def record_flow(config: FlowConfig) -> Flow:
     return Flow(
         heads={DOCUMENT_HEAD: document_head(config), VIDEO_HEAD: video_head(config)},
         trunk=record_trunk(config),
+        no_progress_seconds=SLOW_PROGRESS_SECONDS
+        if config.generate and not config.gpus_per_worker
+        else NO_PROGRESS_SECONDS,
     )
 
 

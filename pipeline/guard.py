@@ -19,7 +19,7 @@ from schemas.source import UNIT
 logger = logging.getLogger(__name__)
 
 MOST_STRIKES = 3
-"""Rows in a row that may fail by surprise before the operator itself is held to be broken."""
+"""Sources that may fail by surprise, with no success between them, before the operator is held to be broken."""
 
 
 class Guard:
@@ -31,14 +31,14 @@ class Guard:
 
     def __init__(self, operator: Operator[Any]) -> None:
         self.operator = operator
-        self._strikes = 0
+        self._strikes: set[Any] = set()
 
     def run(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield the operator's tables for `table`, with error rows for rows it cannot take.
 
         Raises:
             PagereelError: raised by the operator on purpose; never guarded.
-            Exception: the operator's own, after `MOST_STRIKES` rows without a success between them.
+            Exception: the operator's own, after `MOST_STRIKES` sources without a success between them.
         """
         if self.operator.expands and table.num_rows > 1:
             for position in range(table.num_rows):
@@ -49,9 +49,9 @@ class Guard:
             for produced in self.operator.run(table):
                 made += produced.num_rows
                 yield produced
-            self._strikes = 0
+            self._strikes.clear()
             return
-        except (PagereelError, MemoryError):
+        except PagereelError:
             raise
         except Exception as error:
             if not self._guardable(table):
@@ -62,8 +62,9 @@ class Guard:
             yield from self.run(table.slice(0, middle))
             yield from self.run(table.slice(middle))
             return
-        self._strikes += 1
-        if self._strikes > MOST_STRIKES:
+        # Pages of one document fail together: it counts once.
+        self._strikes.add(table["doc_id"][0].as_py() if "doc_id" in table.schema.names else len(self._strikes))
+        if len(self._strikes) > MOST_STRIKES:
             raise failure
         logger.warning("%s failed on one row: %r", type(self.operator).__name__, failure)
         yield self._error_rows(table, made, failure)

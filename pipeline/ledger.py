@@ -292,6 +292,10 @@ class CommittedRecords:
             )
         return owed
 
+    def retryable_count(self) -> int:
+        """Return how many committed records failed for a reason that may pass by itself."""
+        return sum(count for state, count in self._index.state_counts().items() if state & RETRYABLE_BIT)
+
     def last_pass(self) -> int:
         """Return the highest pass index that was committed."""
         return max((-rank[0] for rank in self._ranks), default=0)

@@ -16,6 +16,7 @@ class Progress:
         statuses: records committed by this call, by status.
         errors: error events by category.
         pages, segments: records committed by this call, by kind.
+        frames: sampled from those segments.
         prompt_tokens, image_tokens, output_tokens: of the model, this call.
         seconds: since this call started.
         run_seconds: since the first unit was handed to a worker.
@@ -31,6 +32,7 @@ class Progress:
     errors: Counter[str] = field(default_factory=Counter)
     pages: int = 0
     segments: int = 0
+    frames: int = 0
     prompt_tokens: int = 0
     image_tokens: int = 0
     output_tokens: int = 0

@@ -64,15 +64,15 @@ def owner_ids(record: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ContractError: the record says neither which page nor which segment it is.
     """
-    number = record["segment_index"] if is_video(record) else record["page_number"]
-    if number is None or record["doc_id"] is None:
+    names = ("segment_index", "start_seconds", "stop_seconds") if is_video(record) else ("page_number",)
+    place = [record[name] for name in names]
+    if None in (record["doc_id"], *place):
         raise ContractError(f"record {record['record_key']} ({record['kind']}) has no document id or no place in it")
     if is_video(record):
-        return {
-            "video_id": record["doc_id"],
-            "segment_id": segment_id(record["doc_id"], number),
-            "segment_index": number,
-        }
+        index, start_seconds, stop_seconds = place
+        own_id = segment_id(record["doc_id"], start_seconds, stop_seconds)
+        return {"video_id": record["doc_id"], "segment_id": own_id, "segment_index": index}
+    [number] = place
     return {"doc_id": record["doc_id"], "page_id": page_id(record["doc_id"], number), "page_number": number}
 
 

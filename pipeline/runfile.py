@@ -42,7 +42,7 @@ def check_same_settings(storage: Storage, spec: RunSpec, settings: Settings) -> 
     changed = sorted(name for name in now if name not in HOW_ONLY and before.get(name) != now[name])
     what = ", ".join(f"{name} {before.get(name)!r} now {now[name]!r}" for name in changed[:4])
     if not changed:
-        what = "the model, its weights or pagereel itself changed"
+        what = "the model's weights, a decoder or the rules of pagereel changed"
     raise ConfigError(f"{storage.uri!r} holds a run with other settings ({what}): choose another output folder")
 
 

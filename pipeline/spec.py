@@ -1,9 +1,11 @@
 """What a run was asked to do: every option of the command line, of a job file and of the Python call."""
 
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from operators.fetch import without_secrets
 from schemas.errors import ConfigError
 
 Task = Literal["ocr", "parse", "caption"]
@@ -70,6 +72,8 @@ class RunSpec(BaseModel):
         bool | None, Field(description="Number the images in the prompt; by default yes for pages, no for clips.")
     ] = None
 
+    start_seconds: Annotated[float | None, Field(ge=0, description="Read videos from here on.")] = None
+    stop_seconds: Annotated[float | None, Field(gt=0, description="Read videos up to here.")] = None
     segment_seconds: Annotated[float, Field(gt=0, le=600, description="Length of a video segment.")] = 30.0
     fps: Annotated[float, Field(gt=0, le=30, description="Main frames a second of video.")] = 1.0
     max_frames: Annotated[int, Field(ge=1, le=1024, description="Most main frames a segment.")] = 128
@@ -116,8 +120,24 @@ class RunSpec(BaseModel):
         return self
 
     def stored(self) -> dict[str, Any]:
-        """Return the spec as it may be written down: without the password."""
-        return self.model_dump(mode="json", exclude={"password"}) | {"password_given": self.password is not None}
+        """Return the spec as it may be written down: without the password and the secrets of URLs."""
+        return self.model_dump(mode="json", exclude={"password"}) | {
+            "password_given": self.password is not None,
+            "inputs": [without_secrets(given) if "://" in given else given for given in self.inputs],
+        }
+
+    def repro_template(self) -> str:
+        """Return the command that reads one source again as this run does, with {source} and {part} to fill in."""
+        options = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+            for name, value in self.model_dump(mode="json").items()
+            if name not in (*HOW_ONLY, "task")
+            and value not in (None, False)
+            and value != type(self).model_fields[name].default
+        ]
+        password = ["--password ..."] if self.password else []
+        text = " ".join(part.replace("{", "{{").replace("}", "}}") for part in [*options, *password])
+        return f"pagereel {self.task} {{source}} {{part}} -o repro{' ' + text if text else ''}"
 
 
 def segment_bytes(spec: RunSpec) -> float:
@@ -129,6 +149,7 @@ def segment_bytes(spec: RunSpec) -> float:
 
 
 HOW_ONLY = (
+    "pages", "start_seconds", "stop_seconds",
     "address", "local", "workers", "gpus", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
     "output", "password", "limit", "retry_failed", "password_given",
 )  # fmt: skip

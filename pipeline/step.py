@@ -54,11 +54,13 @@ class Flow:
         heads: steps for units, keyed by head name (`documents`, `videos`).
         trunk: steps for the records that every head produces.
         incoming: schema of what the heads start from.
+        no_progress_seconds: time without a finished block after which the flow is held to be stuck.
     """
 
     heads: dict[str, list[Step]]
     trunk: list[Step] = field(default_factory=list)
     incoming: pa.Schema = UNIT
+    no_progress_seconds: int = 3600
 
 
 def workers_of(steps: Sequence[Step]) -> list[list[Step]]:

@@ -19,7 +19,8 @@ BLOCK: Final = pa.struct(
     ]
 )
 """A typed region of a page, in reading order. `bbox` is left, top, right, bottom in PDF points, origin top-left,
-after page rotation; null when the engine gave none. `parent` is the list position of the parent block."""
+after page rotation; null when the engine gave none. On scans that were turned or deskewed the page is the corrected
+one, and `rotation` and `skew_degrees` tell how it was corrected. `parent` is the list position of the parent block."""
 
 PAGE_FACTS: Final = pa.schema(
     [
@@ -41,7 +42,8 @@ PAGE_FACTS: Final = pa.schema(
 )
 """`text_layer_text` is the page's Markdown from its embedded text, present when that text is trustworthy, also on
 pages routed to a model, whose last rung it is. `rotation` is the clockwise turn applied to the rendered image, one of
-0, 90, 180, 270; `skew_degrees` the counter-clockwise turn applied after it."""
+0, 90, 180, 270; `skew_degrees` the counter-clockwise turn applied after it. `page_width_pt` and `page_height_pt`, like
+`image_width_px` and `image_height_px`, are those of the page after both."""
 
 PAGE_IMAGE: Final = pa.schema([pa.field("image", pa.large_binary())])
 """The rendered page: `image_height_px` x `image_width_px` x 3 uint8 RGB, rows first; null on the text-layer route."""

@@ -29,9 +29,12 @@ def page_id(doc_id: str, page_number: int) -> str:
     return f"{doc_id}:{page_number}"
 
 
-def segment_id(video_id: str, segment_index: int) -> str:
-    """Return the id of a video segment; `segment_index` counts from 0."""
-    return f"{video_id}:s{segment_index}"
+def segment_id(video_id: str, start_seconds: float, stop_seconds: float) -> str:
+    """Return the id of a video segment.
+
+    Its place on the grid would not do: two ranges of one video can clip the same segment of the grid.
+    """
+    return f"{video_id}:{float(start_seconds)}-{float(stop_seconds)}"
 
 
 def block_id(owner_page_id: str, reading_order: int) -> str:

@@ -132,7 +132,8 @@ BLOCKS: Final = _table(
         pa.field("section_path", pa.list_(pa.string())),
     ],
 )
-"""One row a layout block. `bbox` is left, top, right, bottom in PDF points, origin top-left, after page rotation."""
+"""One row a layout block. `bbox` is left, top, right, bottom in PDF points, origin top-left, after page rotation; on
+scans that were turned or deskewed the page is the corrected one (`rotation`, `skew_degrees` in `pages`)."""
 
 EVENT: Final = pa.struct(
     [

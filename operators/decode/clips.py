@@ -13,7 +13,7 @@ from pydantic import Field
 from operators.base import Operator, OperatorConfig, rows_to_table
 from operators.decode.box import BoxLimits, DecoderBox, remade_error
 from operators.decode.video_options import SegmentOptions, VideoLimits
-from operators.fetch import FetchConfig, local_copy
+from operators.fetch import FetchConfig, KeptCopy
 from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.temporal import TemporalConfig
 from schemas.errors import ContractError, DecodeError, RecordError, error_struct
@@ -76,6 +76,7 @@ class DecodeClips(Operator[DecodeClipsConfig]):
     def __init__(self, config: DecodeClipsConfig) -> None:
         super().__init__(config)
         self.box = DecoderBox(config.box)
+        self.copy = KeptCopy(config.fetch)
         self._options = SegmentOptions(
             temporal=config.temporal,
             slicing=config.slicing,
@@ -92,8 +93,9 @@ class DecodeClips(Operator[DecodeClipsConfig]):
                 yield from self._unit_tables(unit)
 
     def close(self) -> None:
-        """End the decoder process."""
+        """End the decoder process and remove the copy of the last source."""
         self.box.close()
+        self.copy.close()
 
     def _unit_tables(self, unit: dict[str, Any]) -> Iterator[pa.Table]:
         if unit["kind"] != "video":
@@ -105,8 +107,8 @@ class DecodeClips(Operator[DecodeClipsConfig]):
     def _outcomes(self, unit: dict[str, Any]) -> Iterator[Outcome]:
         owed = deque(unit["segments"])
         try:
-            with local_copy(unit["source_uri"], unit["source_ref"], self.config.fetch) as path:
-                yield from self._decoded(path, owed)
+            path = self.copy.path_of(unit["source_uri"], unit["source_ref"], unit["doc_id"])
+            yield from self._decoded(path, owed)
         except RecordError as error:
             for segment in owed:
                 yield segment, error, []

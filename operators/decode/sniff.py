@@ -1,7 +1,8 @@
 """What a file is, from its bytes: pdf, image or video, and its mime type.
 
 Plain Python on the first and last kilobytes: nothing here can crash, hang or open a connection. A name never makes a
-file something it is not; it only words the error when the bytes are nothing that is read.
+file something it is not; it words the error when the bytes are nothing that is read, and a document under the name of a
+video, or a video under that of a document, is refused.
 """
 
 import re

@@ -174,12 +174,29 @@ def require_safetensors(folder: Path) -> list[Path]:
     """Return the weight files of `folder`, in the order of their names.
 
     Raises:
-        ConfigError: there are none; other formats are not read, since loading them may run code.
+        ConfigError: there are none (other formats are not read, since loading them may run code), or one is cut off.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} holds no .safetensors weights; no other format is loaded")
+    for path in files:
+        require_whole(path)
     return files
+
+
+def require_whole(path: Path) -> None:
+    """Raise `ConfigError` unless a weight file is as long as its header says: a copy that broke off is common."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(header_bytes, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        wanted = 8 + header_bytes + max(ends, default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no safetensors file ({size} bytes)") from error
+    if size < wanted:
+        raise ConfigError(f"{path} is cut off: {size} bytes of {wanted}")
 
 
 def hash_weights(folder: Path) -> str:

@@ -21,6 +21,9 @@ _READS: Final = (
 )  # fmt: skip
 _CHANGES: Final = ("pixels", "thought", "engine")
 _FINAL_STATUS: Final = {"length": "truncated", "repetition": "repetition"}
+_MODEL_STAGES: Final = ("preprocess", "generate")
+_MODEL_COMPONENTS: Final = ("PrepareImages", "Generate")
+"""Where a defect is caught around these, its stage says nothing."""
 
 _MIN_REPEATS: Final = 8
 _MIN_LOOP_CHARS: Final = 240
@@ -42,10 +45,11 @@ class ParseCompletionsConfig(OperatorConfig):
 
 
 class ParseCompletions(Operator[ParseCompletionsConfig]):
-    """Judge each completion and fill the result columns; a row with an error, or with a status, passes untouched.
+    """Judge each completion and fill the result columns; a row with a status passes untouched.
 
-    The ladder of a failed answer: the page's trusted text layer, then the CPU reader (the row is left on the `cpu`
-    route with its pixels and a null status), then the error. Pixels stay on rows for the CPU reader only.
+    The ladder of a failed answer, and of an error of the model or of what was prepared for it: the page's trusted text
+    layer, then the CPU reader (the row is left on the `cpu` route with its pixels and a null status), then the error.
+    Rows with any other error pass untouched. Pixels stay on rows for the CPU reader only.
     """
 
     reads = pa.schema([RECORD.field(name) for name in _READS])
@@ -57,7 +61,11 @@ class ParseCompletions(Operator[ParseCompletionsConfig]):
         rows = table.select(list(dict.fromkeys(names))).to_pylist()
         has_pixels = pc.is_valid(table["pixels"]).to_pylist()
         for row, pixels in zip(rows, has_pixels, strict=True):
-            if row["error"] is None and row["status"] is None:
+            if row["status"] is not None:
+                continue
+            if model_failed(row):
+                row.update(_next_rung(row, row["error"], self.config, pixels))
+            elif row["error"] is None:
                 lost = lost_frames(row["recovered"])
                 row.update(answer_row(row, self.config, has_pixels=pixels))
                 if row["status"] == "success" and lost:
@@ -74,6 +82,14 @@ def lost_frames(recovered: list[dict[str, Any]] | None) -> bool:
     return any(error["stage"] in ("demux", "sample") for error in recovered or [])
 
 
+def model_failed(row: dict[str, Any]) -> bool:
+    """Return whether a row carries an error that is not of its source: the model gave no answer, or was not asked."""
+    error = row["error"]
+    if error is None or row["route"] != "model":
+        return False
+    return error["stage"] in _MODEL_STAGES or error["component"] in _MODEL_COMPONENTS
+
+
 def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixels: bool) -> dict[str, Any]:
     """Return the changed values of one open row.
 
@@ -87,7 +103,8 @@ def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixel
         return {"status": "blank", "text": "", "plain_text": ""} if is_blank else {"status": "skipped"}
     if row["route"] == "text_layer":
         if row["text_layer_text"] is None:
-            return _failed(ParseError("the page was routed to its text layer, but carries none", code="internal"))
+            missing = ParseError("the page was routed to its text layer, but carries none", code="internal")
+            return _failed(error_struct(missing, "ParseCompletions"))
         return _text_layer_result(row) | {"status": "success"}
     if row["route"] == "cpu":
         return {}
@@ -98,7 +115,7 @@ def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixel
         judged = {"thought": thought, "raw_output": row["completion"]}
         if error.code == "unparsable":
             judged["parse_status"] = "invalid"
-        return judged | _next_rung(row, error, config, has_pixels)
+        return judged | _next_rung(row, error_struct(error, "ParseCompletions"), config, has_pixels)
     mean_logprob = row["mean_logprob"]
     confidence = None if mean_logprob is None else math.exp(min(mean_logprob, 0.0))
     return result | {"thought": thought, "confidence": confidence}
@@ -198,12 +215,12 @@ def _text_layer_result(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _next_rung(
-    row: dict[str, Any], error: RecordError, config: ParseCompletionsConfig, has_pixels: bool
+    row: dict[str, Any], error: dict[str, Any], config: ParseCompletionsConfig, has_pixels: bool
 ) -> dict[str, Any]:
-    """Return what answers instead of a failed model answer."""
-    survived = {"recovered": [*(row["recovered"] or []), error_struct(error, "ParseCompletions")]}
+    """Return what answers instead of a failed model answer; `error` is a value of the `ERROR` struct."""
+    survived = {"recovered": [*(row["recovered"] or []), error], "error": None}
     reads_text = row["kind"] in ("pdf", "image") and row["task"] in ("ocr", "parse")
-    reason = f"{row['route_reason'] or 'model'}; model answer: {error.code}"
+    reason = f"{row['route_reason'] or 'model'}; model answer: {error['error_code']}"
     if reads_text and row["text_layer_text"] is not None:
         changed = {"status": "fallback", "route": "text_layer", "route_reason": reason}
         return survived | changed | _text_layer_result(row)
@@ -212,9 +229,5 @@ def _next_rung(
     return _failed(error)
 
 
-def _failed(error: RecordError) -> dict[str, Any]:
-    return {
-        "status": _FINAL_STATUS.get(error.code, "failure"),
-        "text": None,
-        "error": error_struct(error, "ParseCompletions"),
-    }
+def _failed(error: dict[str, Any]) -> dict[str, Any]:
+    return {"status": _FINAL_STATUS.get(error["error_code"], "failure"), "text": None, "error": error}

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pymupdf
 
-from operators.orientation import Orientation, find_orientation, upright
+from operators.orientation import find_orientation, upright
 from operators.read import READS, ReadPages
 
 LANGUAGES = {
@@ -67,7 +67,7 @@ def page_row(image: np.ndarray, size: tuple[float, float], *, task: str = "ocr",
     height, width = image.shape[:2]
     row = {
         "record_key": "key", "task": task, "route": "cpu", "page_width_pt": size[0], "page_height_pt": size[1],
-        "rotation": 0, "skew_degrees": 0.0, "pixels": image.tobytes(), "pixel_encoding": "raw",
+        "pixels": image.tobytes(), "pixel_encoding": "raw",
         "slice_shapes": [{"height_px": height, "width_px": width}], "slice_grids": [{"rows": 0, "cols": 0}],
     }  # fmt: skip
     return row | columns
@@ -80,9 +80,9 @@ def read_row(operator: ReadPages, row: dict) -> dict:
 
 def read_page(operator: ReadPages, image: np.ndarray, size: tuple[float, float], task: str = "ocr") -> dict:
     """Return the row of a page that is put upright and then read."""
-    orientation: Orientation = find_orientation(image)
-    turn = {"rotation": orientation.rotation, "skew_degrees": orientation.skew_degrees}
-    return read_row(operator, page_row(upright(image, orientation), size, task=task, **turn))
+    read = upright(image, find_orientation(image))
+    points = size[0] / image.shape[1]
+    return read_row(operator, page_row(read, (read.shape[1] * points, read.shape[0] * points), task=task))
 
 
 def character_error_rate(read: str, truth: str) -> float:

@@ -196,3 +196,13 @@ def test_names_of_older_files_and_unused_tensors_are_understood(folder):
     found = load_network(folder, torch.float32, "sdpa").state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("kept", "message"), [(0.5, "is cut off"), (0.0, "is no safetensors file")])
+def test_weights_that_broke_off_are_refused_before_anything_loads(tmp_path, kept, message):
+    write_demo_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(str(tmp_path))

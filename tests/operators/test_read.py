@@ -8,7 +8,6 @@ import pymupdf
 import pytest
 
 from operators.minicpmv.slicing import SliceConfig, slice_image
-from operators.orientation import Orientation, upright
 from operators.read import READS, ReadPages, ReadPagesConfig, join_lines, page_image
 from operators.text_lines import odd_word_share, with_spaces
 from schemas.document import BLOCK
@@ -93,34 +92,29 @@ def test_a_page_put_together_from_its_slices_is_read(operator) -> None:
     assert character_error_rate(read_row(operator, row)["text"], LANGUAGES["english"]) < 0.03
 
 
-@pytest.mark.parametrize(
-    "orientation", [Orientation(r, s, 1.0) for r, s in ((0, 0.0), (90, 0.0), (180, 4.0), (270, -5.0))]
-)
-def test_boxes_lie_where_the_displayed_page_shows_the_text(operator, orientation) -> None:
+@pytest.mark.parametrize("turn", [{}, {"rotation": 90, "skew_degrees": 5.0}])
+def test_boxes_lie_where_the_page_that_was_read_shows_the_text(operator, turn) -> None:
     with pymupdf.open() as document:
         page = document.new_page(width=500, height=400)
         page.insert_text((60, 300), "Standing in the lower left corner", fontsize=14)
         page.insert_text((60, 320), "of a page that is not square", fontsize=14)
-        [expected] = [pymupdf.Rect(block[:4]) for block in page.get_text("blocks")]
-        straight, _ = rendered(page)
-    # What a viewer shows is crooked and lies on its side; what is read is upright again.
-    shown = np.ascontiguousarray(np.rot90(straight, orientation.rotation // 90))
-    shown_size = (400, 500) if orientation.rotation % 180 else (500, 400)
-    if orientation.skew_degrees:
-        shown = upright(shown, Orientation(0, -orientation.skew_degrees, 1.0))
-        scale = straight.shape[1] / 500
-        shown_size = (shown.shape[1] / scale, shown.shape[0] / scale)
-    turn = {"rotation": orientation.rotation, "skew_degrees": orientation.skew_degrees}
-    row = read_row(operator, page_row(upright(shown, orientation), shown_size, task="parse", **turn))
+        image, size = rendered(page)
+    table = pa.Table.from_pylist([page_row(image, size, task="parse", **turn)], schema=RECORD)
+    [row] = operator(table).to_pylist()
     found = np.array([block["bbox"] for block in row["blocks"]])
-    left, top, right, bottom = *found[:, :2].min(axis=0), *found[:, 2:].max(axis=0)
-    ink_ys, ink_xs = np.nonzero(shown.min(axis=2) < 128)
-    scale_x, scale_y = shown_size[0] / shown.shape[1], shown_size[1] / shown.shape[0]
-    slack = 8.0 + 0.1 * expected.width * abs(np.sin(np.radians(orientation.skew_degrees)))
-    assert left == pytest.approx(ink_xs.min() * scale_x, abs=slack)
-    assert right == pytest.approx(ink_xs.max() * scale_x, abs=slack)
-    assert top == pytest.approx(ink_ys.min() * scale_y, abs=slack)
-    assert bottom == pytest.approx(ink_ys.max() * scale_y, abs=slack)
+    ink_ys, ink_xs = np.nonzero(image.min(axis=2) < 128)
+    points = size[0] / image.shape[1]
+    ink = np.array([ink_xs.min(), ink_ys.min(), ink_xs.max(), ink_ys.max()]) * points
+    assert [*found[:, :2].min(axis=0), *found[:, 2:].max(axis=0)] == pytest.approx(ink.tolist(), abs=8.0)
+
+
+def test_the_pixels_of_a_row_end_where_they_were_read(operator) -> None:
+    image, size = page_of(LANGUAGES["english"])
+    rows = [page_row(image, size), page_row(image, size, task="caption"), page_row(image, size, status="success")]
+    read, failed, passed = operator(pa.Table.from_pylist(rows, schema=RECORD)).to_pylist()
+    assert (read["status"], failed["status"]) == ("success", "failure")
+    assert (read["pixels"], failed["pixels"]) == (None, None)
+    assert passed["pixels"] == rows[2]["pixels"]
 
 
 def test_parse_gives_blocks_with_labels_boxes_and_scores(operator) -> None:

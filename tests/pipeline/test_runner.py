@@ -10,8 +10,9 @@ import pymupdf
 import pytest
 
 from pipeline import run
+from pipeline.preview import plan
 from pipeline.progress import Progress
-from pipeline.runner import plan, status_of
+from pipeline.runner import status_of
 from pipeline.spec import make_spec
 from schemas.errors import ConfigError
 
@@ -235,3 +236,54 @@ def test_a_spec_that_cannot_run_is_refused_in_one_line(tmp_path, corpus_folder, 
     with pytest.raises(ConfigError, match=message) as caught:
         run(**options(tmp_path, corpus_folder) | change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_failed_page_is_read_again_only_when_asked(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_video(folder / "v.avi", 1.0)
+    short = options(tmp_path, folder, task="caption", model="demo", max_new_tokens=1)
+    first = run(**short)
+    assert first.statuses == {"truncated": 1}
+    assert first.complete
+    plain = run(**short)
+    assert (plain.computed, plain.complete) == (0, True)
+    again = run(**short, retry_failed=True)
+    assert (again.computed, again.complete) == (1, True)
+    assert len(read(tmp_path, "video_segments")) == 1
+    assert len(read(tmp_path, "errors")) == 1
+
+
+def test_a_file_that_was_away_is_read_when_it_is_back(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = write_pdf(folder / "a.pdf", 2)
+    data = path.read_bytes()
+    manifest = tmp_path / "list.txt"
+    manifest.write_text(str(path))
+    path.unlink()
+    away = run(**options(tmp_path, manifest))
+    assert away.errors == {"source_unavailable": 1}
+    path.write_bytes(data)
+    back = run(**options(tmp_path, manifest))
+    assert (back.computed, back.statuses, back.failed_sources) == (2, {"success": 2}, 0)
+
+
+def test_a_model_folder_may_move(tmp_path, corpus_folder):
+    from operators.minicpmv.demo import write_demo_model
+
+    model = tmp_path / "model"
+    model.mkdir()
+    write_demo_model(model)
+    run(**options(tmp_path, corpus_folder, model=str(model)))
+    model.rename(tmp_path / "moved")
+    again = run(**options(tmp_path, corpus_folder, model=str(tmp_path / "moved")))
+    assert (again.computed, again.complete) == (0, True)
+
+
+def test_the_repro_command_carries_the_options_that_matter(tmp_path, corpus_folder):
+    run(**options(tmp_path, corpus_folder, task="parse", dpi=150, pages="1-2"))
+    commands = [row["repro_command"] for row in read(tmp_path, "errors")]
+    assert len(commands) == 2
+    assert all(command.startswith("pagereel parse ") and "--dpi 150" in command for command in commands)
+    assert all("--local" not in command and "--pages 1-2" not in command for command in commands)
