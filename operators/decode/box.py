@@ -92,22 +92,17 @@ class DecoderBox:
         """
         if self._streaming:
             self._kill()
-        child = self._ready_child()
         self._streaming = True
         finished = False
         try:
-            self._send(child, (function, arguments, first_timeout_seconds, next_timeout_seconds))
-            timeout_seconds = self.limits.start_timeout_seconds
-            while True:
-                kind, value = self._receive(child, timeout_seconds, function)
+            child, kind, value = self._begin((function, arguments, first_timeout_seconds, next_timeout_seconds))
+            timeout_seconds = first_timeout_seconds
+            while kind in ("started", "item"):
                 if kind == "item":
                     yield value
                     del value
                     timeout_seconds = next_timeout_seconds
-                elif kind == "started":
-                    timeout_seconds = first_timeout_seconds
-                else:
-                    break
+                kind, value = self._receive(child, timeout_seconds, function)
             finished = kind == "end" or value["code"] != "memory_limit"
         finally:
             self._streaming = False
@@ -135,6 +130,22 @@ class DecoderBox:
         except subprocess.TimeoutExpired:
             child.process.kill()
             child.process.wait()
+
+    def _begin(self, call: tuple[Any, ...]) -> tuple[_Child, str, Any]:
+        """Return the process that has begun `call`, and its first message.
+
+        A process may have died while it was idle, and show it only now: that costs a new process, not the call.
+        """
+        while True:
+            child = self._ready_child()
+            was_idle = child.call_count > 0
+            self._send(child, call)
+            try:
+                return child, *self._receive(child, self.limits.start_timeout_seconds, call[0])
+            except DecodeError as error:
+                self._kill()
+                if not was_idle or error.code == "time_limit":
+                    raise
 
     def _ready_child(self) -> _Child:
         child = self._child
