@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import random
 import re
 import stat
@@ -12,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import fsspec
 from pydantic import Field
@@ -24,6 +25,8 @@ from schemas.ids import canonical_json
 CHUNK_BYTES: Final = 8 * 1024 * 1024
 FORBIDDEN_STATUSES: Final = {401, 403, 407}
 MISSING_STATUSES: Final = {404, 410}
+BYTES_SCHEME: Final = "file+bytes://"
+"""Starts the address of a local file whose name is no UTF-8; its bytes follow, percent-encoded."""
 QUERY: Final = re.compile(r"(?<=\w)\?[^\s'\")]+")
 
 
@@ -66,12 +69,15 @@ def local_copy(
     with contextlib.ExitStack() as stack:
         if path is not None:
             check_local_file(path)
-        if member is None and path is not None:
+        if member is None and path is not None and not address.startswith(BYTES_SCHEME):
             yield path
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagereel-")))
         target = folder / f"source{PurePosixPath(member or urlsplit(address).path).suffix[:16]}"
-        if member is None:
+        if member is None and path is not None:
+            # Decoders take names as UTF-8.
+            target.symlink_to(path.absolute())
+        elif member is None:
             download(address, target, config)
         elif byte_range[0] is not None and byte_range[1] is not None:
             download(address, target, config, byte_range[0], byte_range[1])
@@ -143,6 +149,8 @@ def local_path(address: str) -> Path | None:
     """Return the path that a plain path or `file://` URL names; None for other URLs."""
     if address.startswith("file://"):
         return Path(fsspec.core.strip_protocol(address))
+    if address.startswith(BYTES_SCHEME):
+        return Path(os.fsdecode(unquote_to_bytes(address.removeprefix(BYTES_SCHEME))))
     return None if "://" in address or address.startswith("data:") else Path(address)
 
 
@@ -176,7 +184,8 @@ def download(address: str, target: Path, config: FetchConfig, offset: int = 0, s
                 source.seek(offset)
             copied = copy_bounded(source, sink, config.max_source_bytes, size, address)
         if size is not None and copied < size:
-            raise FetchError(f"{address}: {copied} bytes at {offset}, wanted {size}", code="unreadable")
+            message = f"{without_secrets(address)}: {copied} bytes at {offset}, wanted {size}"
+            raise FetchError(message, code="unreadable")
 
     with_retries(attempt, address, config)
 
@@ -232,9 +241,17 @@ def http_status(error: BaseException) -> int | None:
 
 def without_secrets(address: str) -> str:
     """Return a URL without user, password and query, which may hold signatures."""
-    if "://" not in address:
-        return address
-    parts = urlsplit(address)
+    return "::".join(link_without_secrets(link) for link in address.split("::"))
+
+
+def link_without_secrets(link: str) -> str:
+    """Return one link of a chained URL (`zip://a.pdf::https://host/x.zip`) without user, password and query."""
+    if "://" not in link:
+        return link
+    try:
+        parts = urlsplit(link)
+    except ValueError:
+        return link.partition("://")[0] + "://"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 

@@ -29,7 +29,7 @@ from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCode
 import pipeline
 from pipeline.metrics import METER_INTERVAL_SECONDS, Meter, StepCount
 from pipeline.step import Chain, Flow, Step, check_contract, workers_of
-from schemas.errors import ConfigError, ContractError, WorkerLostError
+from schemas.errors import ConfigError, ContractError, WorkerLostError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def start_ray(cluster: Cluster) -> None:
         ray.init(address="local", **options)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = cluster.address or "this machine"
-        raise ConfigError(f"Ray does not start on {where}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"Ray does not start on {where}: {one_line(error)}") from error
 
 
 def stop_ray() -> None:
@@ -141,7 +141,7 @@ def root_cause(error: BaseException) -> str:
     names an exception is the one that a person can act on.
     """
     if isinstance(error, ExecutionTimeoutError):
-        return str(error).strip().splitlines()[0] if str(error).strip() else "no block moved for too long"
+        return one_line(error)
     named: list[str] = []
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

@@ -13,7 +13,7 @@ from types import TracebackType
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.storage import Storage
-from schemas.errors import ConfigError, PagereelError
+from schemas.errors import ConfigError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,9 @@ class Lease:
         while not self._stop.wait(self._beat_seconds):
             try:
                 self.beat()
-            except PagereelError as error:
-                logger.warning("no beat this time: %s", error)
+            # A thread that ends here would end the beats without a word, and another driver would take the run.
+            except Exception as error:  # noqa: BLE001
+                logger.warning("no beat this time: %s", one_line(error))
 
     def _is_free(self, holder: Holder) -> bool:
         if holder.released:

@@ -2,7 +2,7 @@
 
 One part file holds all units of a batch of probed sources. It is written in one step and so is its own commit. Where a
 source is planned again (it changed, the settings changed, or its failure may have passed) the newest part wins.
-Passwords are never written.
+Passwords are never written, nor what of an address may be a secret: both come from the listing again.
 """
 
 import logging
@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from operators.base import require_columns
+from pipeline.addresses import stored_error, stored_uri
 from pipeline.key_index import NEVER, KeySet, SourceIndex, short_key
 from pipeline.ledger import Again, Clock, CommittedRecords, parquet_bytes, utc_now
 from pipeline.storage import Storage
@@ -88,7 +89,7 @@ def write_plan_part(
     if set(owners) != set(places):
         raise ContractError(f"units belong to sources {sorted(set(owners) ^ set(places))[:5]} that were not probed")
     rows = pa.array([places[index] for index in owners], pa.int64())
-    table = units.drop_columns(["password"])
+    table = _without_secrets(units.drop_columns(["password"]))
     listed = sources.to_pylist()
     columns = {
         "source_name": pa.array([_source_name(row) for row in listed], pa.binary(16)).take(rows),
@@ -179,15 +180,21 @@ def read_plan(storage: Storage) -> Iterator[pa.Table]:
         yield as_units(table)
 
 
-def as_units(planned: pa.Table, passwords: Mapping[int, str] | None = None) -> pa.Table:
+def as_units(
+    planned: pa.Table, passwords: Mapping[int, str] | None = None, addresses: Mapping[int, str] | None = None
+) -> pa.Table:
     """Return PLANNED_UNIT rows as UNIT rows.
 
     Args:
         planned: rows of the plan.
         passwords: password of each source that has one, by `source_index`; they come from the listing.
+        addresses: full address of each source whose stored one is shorter, in the same way.
     """
-    known = passwords or {}
-    column = pa.array([known.get(index) for index in planned["source_index"].to_pylist()], pa.string())
+    known, full = passwords or {}, addresses or {}
+    indexes = planned["source_index"].to_pylist()
+    column = pa.array([known.get(index) for index in indexes], pa.string())
+    uris = [full.get(index, uri) for index, uri in zip(indexes, planned["source_uri"].to_pylist(), strict=True)]
+    planned = _with_values(planned, "source_uri", uris)
     return planned.append_column("password", column).select(UNIT.names).cast(UNIT)
 
 
@@ -238,12 +245,20 @@ class ListingCache:
     """Tells which listed sources are planned already, so that they are not opened again.
 
     A source is known by uri, archive member, page ranges and time range. It is planned when its newest part saw the
-    same size and version tag under the same settings, and met no error that may pass by itself. Holds about 40 bytes
-    a source.
+    same size and version tag under the same settings, and met no error that may pass by itself. A remote source
+    without a version tag is never planned: whether it changed shows when it is read. An encrypted source for which
+    there is a password is tried again. Holds about 40 bytes a source.
+
+    Args:
+        storage: where the run lives.
+        settings_digest: as `write_plan_part` takes it.
+        retry_failed: True probes every source again that met an error.
     """
 
-    def __init__(self, storage: Storage, settings_digest: str) -> None:
+    def __init__(self, storage: Storage, settings_digest: str, *, retry_failed: bool = False) -> None:
         self._settings_digest = settings_digest
+        self._retry_failed = retry_failed
+        self._encrypted: set[int] = set()
         self._known = SourceIndex()
         reader = PlanReader(storage)
         self._planned_below = reader.next_source_index
@@ -265,9 +280,11 @@ class ListingCache:
         for row in listed.to_pylist():
             name, version = _source_name(row), _source_version(row, self._settings_digest)
             known = self._known.get(name)
-            if known is not None and known[1] == version:
+            unlocked = known is not None and known[0] in self._encrypted and row["password"]
+            if known is not None and known[1] == version and not unlocked:
                 continue
             row["source_index"] = known[0] if known else self._free_index(row["source_index"])
+            self._encrypted.discard(row["source_index"])
             self._known.put(name, row["source_index"], version)
             fresh.append(row)
         return pa.Table.from_pylist(fresh, schema=listed.schema)
@@ -281,9 +298,23 @@ class ListingCache:
                 found[known[0]] = row["password"]
         return found
 
+    def addresses(self, listed: pa.Table) -> dict[int, str]:
+        """Return the full addresses of sources whose stored ones are shorter, as `passwords` returns passwords."""
+        found = {}
+        for row in listed.to_pylist():
+            known = self._known.get(_source_name(row)) if stored_uri(row["source_uri"]) != row["source_uri"] else None
+            if known is not None:
+                found[known[0]] = row["source_uri"]
+        return found
+
     def _remember(self, table: pa.Table) -> None:
-        for row in table.select(["source_index", "source_name", "source_version", "error"]).to_pylist():
-            retry = row["error"] is not None and row["error"]["retryable"]
+        names = ["source_index", "source_uri", "version_tag", "source_name", "source_version", "error"]
+        for row in table.select(names).to_pylist():
+            error = row["error"]
+            untagged = "://" in row["source_uri"] and not row["version_tag"]
+            retry = untagged or (error is not None and (self._retry_failed or error["retryable"]))
+            if error is not None and error["error_code"] == "encrypted":
+                self._encrypted.add(row["source_index"])
             self._known.put(row["source_name"], row["source_index"], NEVER if retry else row["source_version"])
 
     def _free_index(self, wanted: int) -> int:
@@ -296,8 +327,25 @@ class ListingCache:
 
 def _source_name(row: Mapping[str, Any]) -> bytes:
     member = (row["source_ref"] or {}).get("member")
-    parts = (row["source_uri"], member, row["page_ranges"], row["start_seconds"], row["stop_seconds"])
+    parts = (stored_uri(row["source_uri"]), member, row["page_ranges"], row["start_seconds"], row["stop_seconds"])
     return short_key(repr(parts))
+
+
+def _without_secrets(units: pa.Table) -> pa.Table:
+    addresses = units["source_uri"].to_pylist()
+    stored = [stored_uri(address) for address in addresses]
+    if stored == addresses:
+        return units
+    errors = [
+        stored_error(error, address) for error, address in zip(units["error"].to_pylist(), addresses, strict=True)
+    ]
+    return _with_values(_with_values(units, "source_uri", stored), "error", errors)
+
+
+def _with_values(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    field = table.schema.field(place)
+    return table.set_column(place, field, pa.array(values, field.type))
 
 
 def _source_version(row: Mapping[str, Any], settings_digest: str) -> bytes:

@@ -130,13 +130,15 @@ class _Run:
         """List the inputs, and probe the sources that the plan does not know."""
         began = time.perf_counter()
         self._phase("list")
-        cache = ListingCache(self.storage, self.settings.digest)
+        cache = ListingCache(self.storage, self.settings.digest, retry_failed=self.spec.retry_failed)
         listing = Listing()
         self.passwords: dict[int, str] = {}
+        self.addresses: dict[int, str] = {}
         fresh: list[pa.Table] = []
         for table in listed(self.spec, listing):
             fresh.append(cache.to_probe(table))
             self.passwords |= cache.passwords(table)
+            self.addresses |= cache.addresses(table)
             self.progress.sources = listing.sources
         self.seconds["list"] = time.perf_counter() - began
         if listing.passed_over:
@@ -223,7 +225,7 @@ class _Run:
         owed = 0
         units: dict[str, list[Any]] = {}
         for table in owed_units(PlanReader(self.storage), committed, self.again):
-            ready = as_units(table, self.passwords)
+            ready = as_units(table, self.passwords, self.addresses)
             owed += sum(len(keys) for keys in ready["record_keys"].to_pylist())
             if not units:
                 self._start()

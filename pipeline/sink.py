@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, rows_to_table
+from pipeline.addresses import stored_record, stored_uri
 from pipeline.ledger import Ledger, utc_now
 from pipeline.rows import (
     REPRO_TEMPLATE,
@@ -94,7 +95,7 @@ class WriteRecords(Operator[WriteRecordsConfig]):
         records = table.select(wanted).to_pylist()
         for record in records:
             if record["record_key"] is None or record["unit_id"] is None:
-                raise ContractError(f"a record of {record['source_uri']} has no key or no unit")
+                raise ContractError(f"a record of {stored_uri(record['source_uri'])} has no key or no unit")
         once = list({record["record_key"]: record for record in reversed(records)}.values())[::-1]
         part_id = self._ledger.begin([record["record_key"] for record in once])
         tables = tables_of(once, self._context())
@@ -127,13 +128,13 @@ class WriteRecords(Operator[WriteRecordsConfig]):
 
 
 def tables_of(records: list[dict[str, Any]], context: RowContext) -> dict[str, pa.Table]:
-    """Return the part tables of `records`, each with `source_index` in front.
+    """Return the part tables of `records`, each with `source_index` in front; no secret of an address is in them.
 
     Raises:
         ContractError: a record has no outcome or no place, or a closed column holds another word.
     """
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in PART_TABLES}
-    for record in records:
+    for record in map(stored_record, records):
         order = {"source_index": record["source_index"]}
         if is_video(record):
             rows["video_segments"].append(order | segment_row(record, context))

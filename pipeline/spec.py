@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
-from operators.fetch import without_secrets
+from pipeline.addresses import stored_uri
 from schemas.errors import ConfigError
 
 Task = Literal["ocr", "parse", "caption"]
@@ -123,7 +123,7 @@ class RunSpec(BaseModel):
         """Return the spec as it may be written down: without the password and the secrets of URLs."""
         return self.model_dump(mode="json", exclude={"password"}) | {
             "password_given": self.password is not None,
-            "inputs": [without_secrets(given) if "://" in given else given for given in self.inputs],
+            "inputs": [stored_uri(given) for given in self.inputs],
         }
 
     def repro_template(self) -> str:

@@ -11,7 +11,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import ConfigError, TransientError
+from schemas.errors import ConfigError, PagereelError, TransientError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Storage:
         uri: a folder, or a URL of any fsspec protocol. Credentials and endpoints come from the environment.
 
     Raises:
-        ConfigError: the protocol is unknown, or its library is missing.
+        ConfigError: the protocol is unknown, or its library is missing; from any method: there are no credentials.
     """
 
     def __init__(self, uri: str) -> None:
@@ -40,8 +40,8 @@ class Storage:
             # A listing that was cached before another process wrote would hide its commits.
             options = {"use_listings_cache": False} if "://" in uri and not uri.startswith("memory://") else {}
             self.filesystem, self.root = fsspec.core.url_to_fs(os.fspath(uri), **options)
-        except (ValueError, ImportError) as error:
-            raise ConfigError(f"output {uri!r} cannot be used: {_one_line(error)}") from error
+        except Exception as error:
+            raise ConfigError(f"output {uri!r} cannot be used: {one_line(error)}") from error
         self.root = self.root.rstrip("/")
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
@@ -63,8 +63,8 @@ class Storage:
                 _publish_local(self.path(name), data, replace=True)
             else:
                 self.filesystem.pipe_file(self.path(name), data)
-        except OSError as error:
-            raise TransientError(f"cannot write {self.uri}/{name}: {_one_line(error)}") from error
+        except Exception as error:
+            raise _failure(f"cannot write {self.uri}/{name}", error) from error
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `data` under `name` unless it exists; return whether it was written.
@@ -82,10 +82,10 @@ class Storage:
                 self._create_remote(self.path(name), data)
         except FileExistsError:
             return False
-        except OSError as error:
+        except Exception as error:
             if any(word in f"{error!r} {error.__cause__!r}" for word in CONFLICT_WORDS):
                 return False
-            raise TransientError(f"cannot create {self.uri}/{name}: {_one_line(error)}") from error
+            raise _failure(f"cannot create {self.uri}/{name}", error) from error
         return True
 
     def get(self, name: str) -> bytes:
@@ -99,34 +99,52 @@ class Storage:
             data: bytes = self.filesystem.cat_file(self.path(name))
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise TransientError(f"cannot read {self.uri}/{name}: {_one_line(error)}") from error
+        except Exception as error:
+            raise _failure(f"cannot read {self.uri}/{name}", error) from error
         return data
 
     def get_many(self, names: Sequence[str]) -> list[bytes | None]:
-        """Return the contents of `names`, None for those that do not exist; object stores are asked in parallel."""
+        """Return the contents of `names`, None for those that do not exist; object stores are asked in parallel.
+
+        Raises:
+            TransientError: the store did not answer.
+        """
         if self.is_local:
             return [self._get_or_none(name) for name in names]
         found: list[bytes | None] = []
         for start in range(0, len(names), FETCH_TOGETHER):
             paths = [self.path(name) for name in names[start : start + FETCH_TOGETHER]]
-            answers = self.filesystem.cat(paths, on_error="return")
+            try:
+                answers = self.filesystem.cat(paths, on_error="return")
+            except Exception as error:
+                raise _failure(f"cannot read from {self.uri}", error) from error
             found += [self._content_or_raise(answers[path]) for path in paths]
         return found
 
     def exists(self, name: str) -> bool:
-        """Return whether `name` has content."""
-        return bool(self.filesystem.isfile(self.path(name)))
+        """Return whether `name` has content.
+
+        Raises:
+            TransientError: the store did not answer.
+        """
+        try:
+            return bool(self.filesystem.isfile(self.path(name)))
+        except Exception as error:
+            raise _failure(f"cannot read {self.uri}/{name}", error) from error
 
     def list(self, prefix: str = "") -> list[str]:
-        """Return the names below the folder `prefix`, sorted, files that are still being written left out."""
-        self.filesystem.invalidate_cache()
+        """Return the names below the folder `prefix`, sorted, files that are still being written left out.
+
+        Raises:
+            TransientError: the store did not answer.
+        """
         try:
+            self.filesystem.invalidate_cache()
             found = self.filesystem.find(self.path(prefix))
         except FileNotFoundError:
             return []
-        except OSError as error:
-            raise TransientError(f"cannot list {self.uri}/{prefix}: {_one_line(error)}") from error
+        except Exception as error:
+            raise _failure(f"cannot list {self.uri}/{prefix}", error) from error
         start = len(self.root) + 1
         names = (path[start:] for path in found)
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX))
@@ -141,8 +159,8 @@ class Storage:
             self.filesystem.rm_file(self.path(name))
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise TransientError(f"cannot remove {self.uri}/{name}: {_one_line(error)}") from error
+        except Exception as error:
+            raise _failure(f"cannot remove {self.uri}/{name}", error) from error
 
     def open_input(self, name: str, *, ranges: bool = False) -> pa.NativeFile:
         """Return the content of `name` as a random-access Arrow file.
@@ -151,11 +169,20 @@ class Storage:
             name: what to open.
             ranges: True fetches from an object store only what is read, which suits a few columns of a large file;
                 False fetches a small file in one request.
+
+        Raises:
+            FileNotFoundError: there is none.
+            TransientError: the store did not answer.
         """
         if self.is_local:
             return pa.OSFile(self.path(name))
         if ranges:
-            return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"), mode="r")
+            try:
+                return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"), mode="r")
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                raise _failure(f"cannot read {self.uri}/{name}", error) from error
         return pa.BufferReader(self.get(name))
 
     def delete_temporaries(self) -> int:
@@ -182,7 +209,7 @@ class Storage:
             self.delete(name)
         except Exception as error:
             # Stores raise anything from botocore's own errors to OSError; all mean the same to the author.
-            raise ConfigError(f"output {self.uri!r} is not writable: {_one_line(error.__cause__ or error)}") from error
+            raise ConfigError(f"output {self.uri!r} is not writable: {one_line(error.__cause__ or error)}") from error
 
     def _create_remote(self, path: str, data: bytes) -> None:
         try:
@@ -203,7 +230,7 @@ class Storage:
         if isinstance(answer, FileNotFoundError):
             return None
         if isinstance(answer, Exception):
-            raise TransientError(f"cannot read from {self.uri}: {_one_line(answer)}") from answer
+            raise _failure(f"cannot read from {self.uri}", answer) from answer
         return bytes(answer)
 
 
@@ -253,6 +280,10 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+def _failure(what: str, error: BaseException) -> PagereelError:
+    """Return the error for what a store raised: anything from botocore's and google's own to OSError.
+
+    Absent credentials do not come by waiting; whatever else there is may.
+    """
+    kind = ConfigError if "Credentials" in type(error).__name__ else TransientError
+    return kind(f"{what}: {one_line(error)}")

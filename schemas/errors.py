@@ -176,6 +176,16 @@ class ContractError(PagereelError):
     """A step broke its declared columns, or a closed vocabulary."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what an exception says in one line that UTF-8 can hold; its type where it says nothing."""
+    return plain_text(" ".join(str(error).split())) or type(error).__name__
+
+
+def plain_text(text: str) -> str:
+    """Return `text` with what UTF-8 cannot hold, such as bytes of a file name, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def error_struct(error: RecordError, component: str, traceback: str | None = None) -> dict[str, Any]:
     """Return `error` as a value of the `ERROR` struct.
 
@@ -191,7 +201,7 @@ def error_struct(error: RecordError, component: str, traceback: str | None = Non
         "error_code": error.code,
         "error_category": CATEGORY_OF_CODE[error.code],
         "exception_type": error.exception_type or type(cause or error).__name__,
-        "message": str(error)[:2000],
+        "message": plain_text(str(error)[:2000]),
         "traceback": traceback,
         "exit_signal": error.exit_signal,
         "retryable": error.retryable,

@@ -38,3 +38,10 @@ def test_the_drawing_is_read_with_its_levels() -> None:
         "DeepError": "LeftError",
         "RightError": "RootError",
     }
+
+
+def test_any_exception_is_one_line_that_utf_8_can_hold():
+    assert errors.one_line(ValueError()) == "ValueError"
+    assert errors.one_line(OSError("first\n  second \udce9")) == "first second \\udce9"
+    message = errors.error_struct(errors.FetchError("/in/\udce9.pdf: gone"), "Test")["message"]
+    assert message == "/in/\\udce9.pdf: gone"

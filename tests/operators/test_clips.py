@@ -10,6 +10,7 @@ import pytest
 
 from operators.decode.box import BoxLimits
 from operators.decode.clips import DecodeClips, DecodeClipsConfig
+from operators.fetch import sha256_of
 from operators.minicpmv.temporal import TemporalConfig
 from schemas.errors import ContractError, DecodeError, error_struct
 from schemas.generation import DECODED
@@ -44,7 +45,7 @@ def unit(path, ranges, **fields):
         "source_index": 7,
         "source_uri": str(path),
         "task": "caption",
-        "doc_id": "d1",
+        "doc_id": sha256_of(path) if path.exists() else None,
         "kind": "video",
         "segments": segments,
         "record_keys": [f"k{number}" for number in range(len(segments))],
@@ -67,7 +68,7 @@ def test_a_unit_becomes_one_row_a_segment(video, operator, number_of):
     assert [row["segment_index"] for row in rows] == [0, 1, 2]
     assert [row["frame_count_sampled"] for row in rows] == [4, 4, 2]
     row = rows[1]
-    assert (row["unit_id"], row["source_index"], row["doc_id"], row["kind"]) == ("u1", 7, "d1", "video")
+    assert (row["unit_id"], row["source_index"], row["doc_id"], row["kind"]) == ("u1", 7, sha256_of(video), "video")
     assert (row["route"], row["route_reason"], row["segmentation"]) == ("model", "video", "fixed_stride")
     assert (row["start_frame"], row["stop_frame"], row["decoder"]) == (100, 200, "decord")
     assert (row["error"], row["recovered"]) == (None, None)
@@ -120,6 +121,20 @@ def test_a_file_that_cannot_be_opened_gives_an_error_row_for_each_segment(tmp_pa
     assert [row["error"]["error_code"] for row in rows] == ["damaged"] * 3 + ["not_found"]
     assert [row["error"]["stage"] for row in rows] == ["demux"] * 3 + ["fetch"]
     assert [row["start_seconds"] for row in rows] == [0.0, 4.0, 8.0, 0.0]
+    assert {row["pixels"] for row in rows} == {None}
+
+
+def test_bytes_that_changed_since_they_were_planned_are_not_decoded(video, operator, make_video):
+    planned = unit(video, THREE)
+    made = operator()
+    assert [row["error"] for row in made(units(planned)).to_pylist()] == [None] * 3
+    make_video(video, time_base=Fraction(1, 25), ticks=range(200), options={"g": "50"})
+    rows = made(units(planned)).to_pylist()
+    assert [row["record_key"] for row in rows] == ["k0", "k1", "k2"]
+    assert {(row["error"]["stage"], row["error"]["error_code"], row["error"]["retryable"]) for row in rows} == {
+        ("fetch", "unreadable", True)
+    }
+    assert "changed since it was planned" in rows[0]["error"]["message"]
     assert {row["pixels"] for row in rows} == {None}
 
 

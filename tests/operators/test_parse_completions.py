@@ -7,7 +7,15 @@ import pytest
 
 from operators.base import rows_to_table
 from operators.parse.completions import ParseCompletions, ParseCompletionsConfig, is_looping, split_thought
-from schemas.errors import ContractError, DecodeError, error_struct
+from schemas.errors import (
+    ContractError,
+    DecodeError,
+    GenerationError,
+    PrepareError,
+    PromptTooLongError,
+    RecordError,
+    error_struct,
+)
 from schemas.generation import RECORD
 from schemas.vocabulary import STATUSES
 
@@ -132,6 +140,59 @@ def test_the_last_rung_is_an_error(reason: str, status: str, code: str) -> None:
     assert row["status"] in STATUSES
     assert (row["text"], row["pixels"], row["recovered"]) == (None, None, None)
     assert row["raw_output"] == "# Title\n\nWords."
+
+
+MODEL_FAILURES = [
+    (GenerationError("the model failed on this request alone", code="out_of_memory", retryable=True), "Generate"),
+    (GenerationError("the model failed on this request alone"), "Generate"),
+    (PromptTooLongError("the prompt has 9 tokens", stage="generate"), "Generate"),
+    (PromptTooLongError("the prompt has 9 tokens"), "PrepareImages"),
+    (PrepareError("the page cannot be sliced", code="too_small"), "PrepareImages"),
+    (RecordError("Generate: 'NoneType' object", code="internal", stage="postprocess"), "Generate"),
+]
+
+
+@pytest.mark.parametrize(("failure", "component"), MODEL_FAILURES)
+def test_where_the_model_failed_the_trusted_text_layer_answers(failure: RecordError, component: str) -> None:
+    error = error_struct(failure, component)
+    [row] = _run(_row(error=error, completion=None, finish_reason=None, text_layer_text="From the file."))
+    assert (row["status"], row["route"], row["text"]) == ("fallback", "text_layer", "From the file.")
+    assert (row["error"], row["recovered"]) == (None, [error])
+    assert (row["pixels"], row["raw_output"], row["engine"]) == (None, None, "none")
+    assert row["route_reason"] == f"no text layer; model answer: {failure.code}"
+
+
+@pytest.mark.parametrize(("failure", "component"), MODEL_FAILURES)
+def test_where_the_model_failed_the_cpu_reader_is_asked(failure: RecordError, component: str) -> None:
+    earlier = error_struct(DecodeError("orientation", stage="preprocess"), "DecodeDocuments")
+    error = error_struct(failure, component)
+    for task in ("ocr", "parse"):
+        row = _row(task=task, error=error, recovered=[earlier], completion=None, finish_reason=None)
+        [row] = _run(row)
+        assert (row["status"], row["route"], row["error"], row["pixels"]) == (None, "cpu", None, PIXELS)
+        assert row["recovered"] == [earlier, error]
+
+
+@pytest.mark.parametrize(
+    ("values", "config"),
+    [
+        ({}, {"cpu_fallback": False}),
+        ({"pixels": None}, {}),
+        ({"task": "caption", "text_layer_text": "From the file."}, {}),
+        ({"kind": "video"}, {}),
+    ],
+)
+def test_where_the_model_failed_and_nothing_else_answers_the_error_stays(values: dict, config: dict) -> None:
+    error = error_struct(*MODEL_FAILURES[0])
+    [row] = _run(_row(error=error, completion=None, finish_reason=None, **values), **config)
+    assert (row["status"], row["error"], row["recovered"]) == ("failure", error, None)
+    assert (row["text"], row["pixels"], row["route"]) == (None, None, "model")
+
+
+def test_a_page_that_failed_before_the_model_keeps_its_error_although_it_has_text() -> None:
+    error = error_struct(DecodeError("the page crashed", code="crash", stage="render"), "DecodeDocuments")
+    [row] = _run(_row(error=error, completion=None, finish_reason=None, text_layer_text="From the file."))
+    assert (row["status"], row["error"], row["text"]) == (None, error, None)
 
 
 def test_captions_and_videos_have_no_cpu_rung_and_no_text_layer_rung() -> None:

@@ -117,6 +117,16 @@ def test_a_prompt_that_is_too_long_is_an_error_row(folder, picture):
     assert row["error"]["error_category"] == "policy"
 
 
+def test_a_page_that_cannot_be_asked_of_the_model_is_kept_whole(folder, picture):
+    operator = PrepareImages(PrepareConfig(model_folder=folder, max_prompt_tokens=100))
+    table = operator(table_of(page_row(picture)))
+    pictures = read_pictures(table, 0)
+    assert (pictures.shapes, pictures.grids) == ((Size(*picture.shape[:2]),), (Grid(0, 0),))
+    np.testing.assert_array_equal(pictures.pixels.reshape(picture.shape), picture)
+    [row] = table.to_pylist()
+    assert (row["prompt_ids"], row["content_key"]) == (None, None)
+
+
 def test_a_model_route_without_a_model_breaks_the_contract(picture):
     with pytest.raises(ContractError, match="model_folder"):
         PrepareImages(PrepareConfig(model_folder=None))(table_of(page_row(picture)))

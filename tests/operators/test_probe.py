@@ -117,6 +117,19 @@ def test_pages_beyond_the_end_are_an_error_when_none_remains(probe, tmp_path):
     assert [unit["page_numbers"] for unit in units] == [None, None]
 
 
+def test_failures_of_different_ranges_of_one_file_have_different_ids(probe, tmp_path):
+    path = pdf_of(tmp_path / "a.pdf", 3)
+    gone = tmp_path / "gone.mp4"
+    sources = [
+        source_of(path, page_ranges="9"), source_of(path, page_ranges="10"),
+        source_of(gone, start_seconds=1.0), source_of(gone, stop_seconds=1.0), source_of(gone),
+    ]  # fmt: skip
+    units = probe(*sources)
+    assert [unit["error"]["error_code"] for unit in units] == ["page_missing"] * 2 + ["not_found"] * 3
+    assert len({unit["unit_id"] for unit in units}) == 5
+    assert [unit["unit_id"] for unit in probe(*sources)] == [unit["unit_id"] for unit in units]
+
+
 def test_passwords_are_used_and_travel_on(probe, tmp_path):
     path = pdf_of(tmp_path / "a.pdf", 1, encryption=pymupdf.PDF_ENCRYPT_AES_256, user_pw="secret", owner_pw="o")
     locked, opened = probe(source_of(path), source_of(path, password="secret"))

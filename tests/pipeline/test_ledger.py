@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -235,3 +236,29 @@ def test_the_lease_beats_by_itself(storage: Storage) -> None:
                 break
             lease._stop.wait(0.01)
         assert storage.get(name) != first
+
+
+class BreakingClock(SteppingClock):
+    """A clock that breaks once, with an error that no library announces."""
+
+    broke = False
+
+    def __call__(self) -> datetime:
+        if threading.current_thread().name == "lease" and not self.broke:
+            self.broke = True
+            raise RuntimeError
+        return super().__call__()
+
+
+def test_beats_go_on_after_any_error(storage: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    clock = BreakingClock()
+    with Lease(storage, clock, beat_seconds=0.01) as lease:
+        [name] = storage.list(LEASES)
+        first = storage.get(name)
+        for _ in range(1000):
+            if storage.get(name) != first:
+                break
+            lease._stop.wait(0.01)
+        assert clock.broke
+        assert storage.get(name) != first
+    assert "no beat this time: RuntimeError" in caplog.text

@@ -213,3 +213,66 @@ def test_new_sources_never_take_an_index_that_another_has(storage: Storage) -> N
     taken = [*cache.to_probe(sources_table(listed[:3]))["source_index"].to_pylist()]
     taken += cache.to_probe(sources_table(listed[3:]))["source_index"].to_pylist()
     assert taken == [4, 1, 2, 5, 6, 7]
+
+
+SIGNED = "https://user:pw-pw@host/get?id=7&X-Amz-Date=1&X-Amz-Signature=hush"
+
+
+def test_secrets_of_an_address_are_never_written_and_come_back_from_the_listing(
+    storage: Storage, tmp_path: Path
+) -> None:
+    failed = failed_unit(1, "forbidden")
+    failed["error"] |= {"message": f"{SIGNED}2: status 403"}
+    units = units_table([document_unit(0, [1], source_uri=SIGNED), failed | {"source_uri": f"{SIGNED}2"}])
+    listed = sources_table([source(0, source_uri=SIGNED), source(1, source_uri=f"{SIGNED}2", page_ranges="2")])
+    write_plan_part(storage, units, listed, "s")
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert written
+    assert not any(secret in data for secret in (b"hush", b"pw-pw", b"user") for data in written)
+    [table] = PlanReader(storage)
+    [kept, _] = table["source_uri"].to_pylist()
+    assert kept.startswith("https://host/get#q=")
+    assert as_units(table)["source_uri"].to_pylist()[0] == kept
+    cache = ListingCache(storage, "s")
+    again = sources_table([source(0, source_uri=SIGNED.replace("hush", "new")), source(5)])
+    assert cache.to_probe(again)["source_index"].to_pylist() == [5]
+    addresses = cache.addresses(again)
+    assert addresses == {0: SIGNED.replace("hush", "new")}
+    assert as_units(table, None, addresses)["source_uri"].to_pylist()[0] == SIGNED.replace("hush", "new")
+
+
+def test_two_queries_of_one_path_are_two_sources(storage: Storage) -> None:
+    listed = sources_table([source(index, source_uri=f"https://host/get?id={index}") for index in range(2)])
+    assert ListingCache(storage, "s").to_probe(listed).num_rows == 2
+
+
+def test_an_encrypted_source_is_probed_again_once_there_is_a_password(storage: Storage) -> None:
+    plan(storage, [failed_unit(0, "encrypted"), failed_unit(1, "damaged")])
+    without, given = [source(0), source(1)], [source(0, password="p"), source(1, password="p")]
+    assert ListingCache(storage, "s").to_probe(sources_table(without)).num_rows == 0
+    cache = ListingCache(storage, "s")
+    fresh = cache.to_probe(sources_table([*given, *given]))
+    assert fresh["source_index"].to_pylist() == [0]
+    assert cache.passwords(sources_table(given)) == {0: "p", 1: "p"}
+    write_plan_part(storage, units_table([document_unit(0, [1])]), fresh, "s")
+    assert ListingCache(storage, "s").to_probe(sources_table(given)).num_rows == 0
+
+
+def test_failed_sources_are_probed_again_when_asked_for(storage: Storage) -> None:
+    plan(storage, [failed_unit(0, "damaged"), document_unit(1, [1]), failed_unit(2, "encrypted")])
+    listed = sources_table([source(index) for index in range(3)])
+    cache = ListingCache(storage, "s", retry_failed=True)
+    assert cache.to_probe(listed)["source_index"].to_pylist() == [0, 2]
+    assert cache.to_probe(listed).num_rows == 0
+
+
+def test_a_remote_source_without_a_version_tag_is_never_taken_for_planned(storage: Storage) -> None:
+    uris = ["https://host/a.pdf", "s3://bucket/b.pdf", "/in/c.pdf"]
+    tags = ["", "v1", ""]
+    rows = [
+        source(place, source_uri=uri, version_tag=tag) for place, (uri, tag) in enumerate(zip(uris, tags, strict=True))
+    ]
+    units = [document_unit(place, [1], source_uri=uri) for place, uri in enumerate(uris)]
+    write_plan_part(storage, units_table(units), sources_table(rows), "s")
+    cache = ListingCache(storage, "s")
+    assert cache.to_probe(sources_table([*rows, *rows]))["source_index"].to_pylist() == [0]

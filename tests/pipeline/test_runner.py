@@ -138,6 +138,36 @@ def test_segments_are_cut_every_so_many_seconds_and_captioned(tmp_path):
     assert [row["frame_timestamps_seconds"] for row in segments] == [[0.0, 1.0], [2.0, 3.0]]
 
 
+def test_two_ranges_of_one_video_are_a_complete_run(tmp_path):
+    write_video(tmp_path / "v.avi", 5.0)
+    ranges = [(0, 2), (2, 4)]
+    lines = [json.dumps({"uri": "v.avi", "start_seconds": start, "stop_seconds": stop}) for start, stop in ranges]
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("\n".join(lines))
+    summary = run(**options(tmp_path, manifest, task="caption", model="demo"))
+    assert summary.complete
+    assert status_of(str(tmp_path / "run")).problems == []
+    segments = read(tmp_path, "video_segments")
+    assert [(row["segment_index"], row["start_seconds"], row["stop_seconds"]) for row in segments] == [
+        (0, 0.0, 2.0),
+        (0, 2.0, 4.0),
+    ]
+    assert len({row["segment_id"] for row in segments}) == 2
+
+
+def test_two_ranges_of_one_document_that_fail_are_a_complete_run(tmp_path):
+    write_pdf(tmp_path / "a.pdf", 3)
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("\n".join(json.dumps({"uri": "a.pdf", "pages": pages}) for pages in ("9", "10", "2")))
+    summary = run(**options(tmp_path, manifest))
+    assert summary.complete
+    assert status_of(str(tmp_path / "run")).problems == []
+    errors = read(tmp_path, "errors")
+    assert [row["error_code"] for row in errors] == ["page_missing", "page_missing"]
+    assert len({row["error_id"] for row in errors}) == 2
+    assert [row["page_number"] for row in read(tmp_path, "pages")] == [2]
+
+
 def test_a_mixed_folder_is_one_run(tmp_path, corpus_folder):
     write_video(corpus_folder / "v.avi", 1.0)
     summary = run(**options(tmp_path, corpus_folder, model="demo"))

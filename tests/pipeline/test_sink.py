@@ -85,7 +85,7 @@ def test_a_caption_and_on_screen_text_go_to_their_own_columns(storage: Storage) 
     first, second = rows_of(storage, "video_segments")
     assert (first["caption"], first["ocr_text"], first["frame_count"]) == ("a dog", None, 4)
     assert (second["caption"], second["ocr_text"]) == (None, "EXIT")
-    assert first["segment_id"] == segment_id(caption["doc_id"], 1)
+    assert first["segment_id"] == segment_id(caption["doc_id"], 30.0, 60.0)
     assert (first["start_seconds"], first["stop_seconds"]) == (30.0, 60.0)
 
 
@@ -220,3 +220,20 @@ def test_a_hostile_file_name_stays_one_word_of_the_repro_command() -> None:
 
 def test_a_page_without_headings_has_empty_paths() -> None:
     assert section_paths([{"label": "text", "level": None}], ["p/b0000"]) == [[]]
+
+
+def test_no_table_holds_a_secret_of_an_address(storage: Storage, tmp_path: Path) -> None:
+    address = "https://user:pw-pw@host/a.pdf?token=hush"
+    told = {"message": f"{address}: broke", "traceback": f"in {address}"}
+    records = [
+        one_page(source_uri=address, recovered=[failure() | told]),
+        one_page(source_uri=address, status=None, error=failure() | told, record_key="other"),
+        *records_of(video_unit(1, [0], source_uri=address)),
+    ]
+    sink(storage)(records_table(records))
+    for name, count in (("pages", 2), ("video_segments", 1), ("errors", 2)):
+        assert [row["source_uri"] for row in rows_of(storage, name)] == ["https://host/a.pdf"] * count
+    assert all("https://host/a.pdf" in row["repro_command"] for row in rows_of(storage, "errors"))
+    tables = [row for name in ("pages", "blocks", "video_segments", "errors") for row in rows_of(storage, name)]
+    commits = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert not any(secret in f"{tables} {commits}" for secret in ("hush", "pw-pw"))

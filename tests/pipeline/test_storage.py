@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.accounting import account
 from pipeline.lease import Lease
@@ -219,3 +220,35 @@ def test_a_refused_write_is_transient_and_leaves_the_old_content(tmp_path: Path)
         storage.put("b", b"a folder is in the way")
     assert storage.get("a") == b"old"
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+class Breaking(MemoryFileSystem):
+    """A store whose library raises errors of its own, as botocore and google do; here without a word."""
+
+    class OddError(Exception):
+        pass
+
+    def refuse(self, *arguments: object, **options: object) -> None:
+        raise self.OddError
+
+    pipe_file = cat_file = cat = find = isfile = rm_file = refuse
+    _open = refuse
+
+
+def test_whatever_a_store_raises_is_a_transient_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage("memory://odd/run")
+    monkeypatch.setattr(storage, "filesystem", Breaking())
+    calls = (
+        lambda: storage.put("a", b""),
+        lambda: storage.put_if_absent("a", b""),
+        lambda: storage.get("a"),
+        lambda: storage.get_many(["a"]),
+        lambda: storage.exists("a"),
+        lambda: storage.list(),
+        lambda: storage.delete("a"),
+        lambda: storage.open_input("a"),
+        lambda: storage.open_input("a", ranges=True),
+    )
+    for call in calls:
+        with pytest.raises(TransientError, match=r": OddError$"):
+            call()

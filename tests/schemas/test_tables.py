@@ -36,7 +36,7 @@ SAMPLES: dict[str, dict[str, Any]] = {
         "is_derived": False,
     },
     "video_segments": {
-        "segment_id": "v:s0",
+        "segment_id": "v:0.0-30.0",
         "status": "success",
         "caption": "a dog",
         "frame_timestamps_seconds": [0.0, 0.5],
