@@ -45,7 +45,7 @@ def _parameter(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
     declared = [f"{flag}/--no-{flag[2:]}"] if is_flag and field.default is None else [flag]
     help_text = field.description or ""
     if field.default not in (None, False):
-        help_text += f" [default: {field.default}]"
+        help_text += f" (default: {field.default})"
     extra: dict[str, Any] = {"envvar": ENVIRONMENT[name], "show_envvar": True} if name in ENVIRONMENT else {}
     option = typer.Option(*declared, help=help_text, rich_help_panel=panel, show_default=False, **extra)
     return inspect.Parameter(
