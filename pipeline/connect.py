@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -68,27 +69,30 @@ def start_ray(cluster: Cluster) -> None:
         ConfigError: no cluster answers at the address.
     """
     quiet_ray()
-    # Forked runtime agents and dashboards cost seconds of start-up that a batch run never uses.
-    options: dict[str, Any] = {
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": True,
-    }
-    try:
-        if cluster.address:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-            return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if cluster.address:
+        options["address"] = cluster.address
+    else:
+        # "local", or RAY_ADDRESS or a Ray that somebody started on this machine would be joined instead. A dashboard
+        # costs seconds of start-up that a batch run never uses.
+        options |= {"address": "local", "include_dashboard": False}
         options["num_cpus"] = cluster.cpus or max(2, os.cpu_count() or 1)
         if cluster.gpus is not None:
             options["num_gpus"] = cluster.gpus
         if cluster.object_store_bytes:
             options["object_store_memory"] = cluster.object_store_bytes
-        # Without it RAY_ADDRESS, or a Ray that somebody started on this machine, would be joined instead.
-        ray.init(address="local", **options)
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**options)
+    except SystemExit as error:
+        # Ray's own answer to SIGTERM, which it takes over while it starts.
+        raise KeyboardInterrupt from error
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = cluster.address or "this machine"
         raise ConfigError(f"Ray does not start on {where}: {one_line(error)}") from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray would go on to end the process with status 15 and no word.
+        signal.signal(signal.SIGTERM, ours)
 
 
 def stop_ray() -> None:

@@ -104,3 +104,18 @@ def test_no_cluster_at_the_address_is_one_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "no Ray cluster answers" in done.stderr
+
+
+def test_a_run_on_ray_that_is_told_to_end_says_so(tmp_path):
+    command = [sys.executable, "-m", "jobs", "parse", str(SAMPLES), "-o", str(tmp_path / "run"), "--model", "demo"]
+    process = subprocess.Popen(
+        [*command, "--json"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    while '"phase": "run"' not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 3, errors
+    assert errors.strip().splitlines()[-1] == "pagereel: interrupted; the same command resumes"
