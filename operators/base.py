@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from schemas.errors import ContractError
@@ -113,3 +115,10 @@ def with_columns(table: pa.Table, columns: Mapping[str, list[Any]], schema: pa.S
         field = pa.field(name, array.type)
         table = table.append_column(field, array) if index < 0 else table.set_column(index, field, array)
     return table
+
+
+def large_binary(pixels: NDArray[np.uint8]) -> pa.Array:
+    """Return pixels of any shape as an array of one large_binary value; contiguous ones share their memory."""
+    flat = np.ascontiguousarray(pixels)
+    offsets = np.array([0, flat.nbytes], np.int64)
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(flat)])

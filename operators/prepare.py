@@ -120,7 +120,7 @@ class _Prepare(Operator[PrepareConfig]):
         Raises:
             RecordError: this row cannot be prepared.
         """
-        raise NotImplementedError
+        raise ContractError(f"{type(self).__name__} does not say how a row is prepared")
 
     def request(self, pictures: Pictures, task: str, kind: str) -> dict[str, Any]:
         """Return the columns of REQUEST for `pictures`.

@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field
 
-from operators.base import Operator, OperatorConfig, rows_to_table
+from operators.base import Operator, OperatorConfig, large_binary, rows_to_table
 from operators.decode.box import BoxLimits, DecoderBox, remade_error
 from operators.decode.video_options import SegmentOptions, VideoLimits
 from operators.fetch import FetchConfig, KeptCopy
@@ -188,9 +186,3 @@ def segment_table(
     table = rows_to_table([row], DECODED)
     index = DECODED.get_field_index(PIXELS.names[0])
     return table.set_column(index, DECODED.field(index), large_binary(outcome["pixels"]))
-
-
-def large_binary(pixels: NDArray[np.uint8]) -> pa.Array:
-    """Return pixels as an array of one large_binary value that shares their memory."""
-    offsets = np.array([0, pixels.nbytes], np.int64)
-    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(pixels)])

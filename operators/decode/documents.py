@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from operators.base import Operator, OperatorConfig, rows_to_table
+from operators.base import Operator, OperatorConfig, large_binary, rows_to_table
 from operators.decode.box import BoxLimits, DecoderBox, remade_error
 from operators.decode.pages import Opened, PageOptions, PageStep, TextVerdict
 from operators.fetch import FetchConfig, KeptCopy
@@ -263,11 +263,3 @@ def page_table(unit: dict[str, Any], record_key: str, page: _Page, config: Decod
         return table
     index = DECODED.get_field_index("image")
     return table.set_column(index, DECODED.field(index), large_binary(page.image))
-
-
-def large_binary(image: Pixels) -> pa.Array:
-    """Return an image as an array of one large_binary value that shares its memory."""
-    pixels = np.ascontiguousarray(image)
-    offsets = np.array([0, pixels.nbytes], np.int64)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pixels)]
-    return pa.Array.from_buffers(pa.large_binary(), 1, buffers)

@@ -66,7 +66,7 @@ def test_damaged_answers_are_salvaged(answer: str) -> None:
     parsed = _parse(answer)
     assert parsed.status == "salvaged"
     assert [block["text"] for block in parsed.blocks] == ["words"]
-    assert parsed.blocks[0]["bbox"] is not None
+    assert parsed.blocks[0]["bbox"] == pytest.approx([0.6, 1.6, 1.8, 3.2])
 
 
 def test_a_truncated_answer_keeps_whole_blocks_and_the_begun_text() -> None:
