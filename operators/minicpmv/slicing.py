@@ -34,9 +34,15 @@ class SliceConfig(BaseModel):
         DownsampleMode, Field(description="Patches a visual token stands for: 16, or 4 for finer reading.")
     ] = "16x"
 
+    query_count: Annotated[
+        int | None, Field(gt=0, description="Visual tokens of every slice, where a resampler makes them; null: merged.")
+    ] = None
+
     @property
     def step_px(self) -> int:
         """Every side of a slice is a multiple of this, so that patches merge without remainder."""
+        if self.query_count is not None:
+            return self.patch_px
         return self.patch_px * MERGED_PATCHES_PER_SIDE[self.downsample_mode]
 
 
