@@ -22,8 +22,8 @@ GROUPS = {
     "Model": (
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
     ),
-    "Pages": ("dpi", "max_pixels", "downsample", "max_slices", "use_image_id"),
-    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "video_max_slices"),
+    "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
+    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "video_max_slices"),
     "Where it runs": ("address", "local", "workers", "gpus", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from schemas.errors import RecordError, error_struct
 from schemas.generation import FAILURES, GENERATION, REQUEST, ROUTE
 from schemas.ids import canonical_json, digest
 from schemas.image import PIXELS
+from schemas.video import SEGMENT_FACTS
 
 MAX_NEW_TOKENS: Final = 2048
 """Where neither the job nor the model says: what the released chat function of the family allows."""
@@ -61,7 +62,7 @@ class Generate(Operator[GenerateConfig]):
         WorkerLostError: when the device fails in a way that this process does not survive.
     """
 
-    reads = pa.schema([*ROUTE, *PIXELS, *REQUEST, *FAILURES])
+    reads = pa.schema([*ROUTE, SEGMENT_FACTS.field("temporal_ids"), *PIXELS, *REQUEST, *FAILURES])
     adds = pa.schema([*GENERATION, *FAILURES])
     engine_name: ClassVar[str] = "torch"
 
@@ -70,13 +71,13 @@ class Generate(Operator[GenerateConfig]):
         # Here and not above: the driver names this class, and only the worker that runs it should pay for torch.
         from operators.engine.engine import BatchEngine
         from operators.minicpmv.device import choose_device, choose_dtype
-        from operators.minicpmv.model import BatchState, MiniCPMV46
+        from operators.minicpmv.model import BatchState, MiniCPMV
 
         self.model_ref: ModelRef = locate_model(
             config.model_folder, config.model_id, config.model_revision, config.weights_kind
         )
         self.device = choose_device(config.device)
-        self._model = MiniCPMV46(
+        self._model = MiniCPMV(
             self.model_ref.folder,
             device=self.device,
             dtype=choose_dtype(config.dtype, self.device),
@@ -86,6 +87,7 @@ class Generate(Operator[GenerateConfig]):
             self._model, max_rows=config.rows_per_batch, max_prompt_tokens=config.max_batch_prompt_tokens
         )
         self._text = PromptBuilder(self._model.config)
+        self._packs_frames = self._model.config.family.clip_rule == "packed"
         self._sampling = SamplingParams(
             max_new_tokens=config.max_new_tokens or self._model.config.generation.max_new_tokens or MAX_NEW_TOKENS,
             temperature=config.temperature,
@@ -134,26 +136,28 @@ class Generate(Operator[GenerateConfig]):
         return outcomes
 
     def _request(self, table: pa.Table, row: int) -> Request[Visual]:
-        pictures = read_pictures(table, row)
+        pictures = read_pictures(table, row, packed=self._packs_frames)
         prompt_ids = tuple(table["prompt_ids"][row].as_py())
         return Request(
             prompt_ids=prompt_ids,
             sampling=self._sampling,
-            visual=Visual(pictures.pixels, pictures.shapes),
+            visual=Visual(pictures.pixels, pictures.shapes, pictures.slice_packs()),
             # Equal content draws equal numbers, in whatever batch or run it comes.
             seed=int(digest(table["content_key"][row].as_py())[:16], 16),
             thought=self._thought_budget(prompt_ids),
         )
 
     def _thought_budget(self, prompt_ids: tuple[int, ...]) -> ThoughtBudget | None:
-        if self.config.max_thought_tokens is None or not self._opens_thought(prompt_ids):
-            return None
         end = self._model.config.tokens.think_end
+        if self.config.max_thought_tokens is None or end is None or not self._opens_thought(prompt_ids):
+            return None
         return ThoughtBudget(self.config.max_thought_tokens, end, (end, *self._text.encode("\n\n")))
 
     def _opens_thought(self, prompt_ids: tuple[int, ...]) -> bool:
-        """Return whether the prompt ends inside a thought."""
+        """Return whether the prompt ends inside a thought; never where the model has none."""
         tokens = self._model.config.tokens
+        if tokens.think_start is None:
+            return False
         for token in reversed(prompt_ids):
             if token in (tokens.think_start, tokens.think_end):
                 return token == tokens.think_start
@@ -191,7 +195,7 @@ class Generate(Operator[GenerateConfig]):
     def _split(self, token_ids: tuple[int, ...], *, opened: bool) -> tuple[str | None, str]:
         """Return the thought, None when there is none, and the answer."""
         end = self._model.config.tokens.think_end
-        if opened and end in token_ids:
+        if opened and end is not None and end in token_ids:
             place = token_ids.index(end)
             return self._text.decode(token_ids[:place]).strip(), self._text.decode(token_ids[place + 1 :]).strip()
         if opened:

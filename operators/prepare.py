@@ -51,6 +51,12 @@ class PrepareConfig(OperatorConfig):
 class Pictures:
     """The pixels of one record.
 
+    Attributes:
+        shapes: of all slices.
+        grids: of each image, or of each pack.
+        pack_ids: temporal ids of the frames of each pack; None where images are no packs. The slices of a pack are the
+            overviews of its frames, then their first slices, and so on.
+
     Shapes:
         pixels: (bytes,) uint8; each slice height x width x 3 RGB, one after the other.
     """
@@ -58,10 +64,26 @@ class Pictures:
     pixels: NDArray[np.uint8]
     shapes: tuple[Size, ...]
     grids: tuple[Grid, ...]
+    pack_ids: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pack_ids is not None and len(self.pack_ids) != len(self.grids):
+            raise PrepareError(f"temporal ids of {len(self.pack_ids)} packs, and grids of {len(self.grids)}")
+
+    def frame_counts(self) -> list[int] | None:
+        """Return the frames of each pack; None where images are no packs."""
+        return None if self.pack_ids is None else [len(ids) for ids in self.pack_ids]
+
+    def slice_packs(self) -> tuple[tuple[int, ...], ...] | None:
+        """Return the temporal ids of the slices that are resampled together: those of one cell of a pack's frames."""
+        if self.pack_ids is None:
+            return None
+        cells = [1 + grid.rows * grid.cols for grid in self.grids]
+        return tuple(ids for ids, count in zip(self.pack_ids, cells, strict=True) for _ in range(count))
 
     def digest(self) -> str:
-        """Return a hash of the pixels and how they are divided."""
-        layout = canonical_json([self.shapes, self.grids])
+        """Return a hash of the pixels, how they are divided, and where in time they are."""
+        layout = canonical_json([self.shapes, self.grids, *([] if self.pack_ids is None else [self.pack_ids])])
         return digest(hashlib.sha256(self.pixels.data).hexdigest(), layout)
 
     def columns(self) -> dict[str, Any]:
@@ -90,9 +112,11 @@ class _Prepare(Operator[PrepareConfig]):
         super().__init__(config)
         self._builder: PromptBuilder | None = None
         self._model_uses_image_id = True
+        self._packs_frames = False
         if config.model_folder is not None:
             model = read_model_config(Path(config.model_folder))
             self._model_uses_image_id = model.use_image_id
+            self._packs_frames = model.family.clip_rule == "packed"
             self._builder = PromptBuilder(model)
 
     def process(self, table: pa.Table) -> pa.Table:
@@ -132,7 +156,8 @@ class _Prepare(Operator[PrepareConfig]):
         if self._builder is None:
             raise ContractError("a row is routed to a model, and PrepareConfig.model_folder is null")
         prompt = prompt_for(task, kind, self.config.custom_prompt)
-        images = image_tokens(pictures.shapes, pictures.grids, self.config.slicing)
+        frame_counts = pictures.frame_counts()
+        images = image_tokens(pictures.shapes, pictures.grids, self.config.slicing, frame_counts=frame_counts)
         ids = self._builder.build(prompt.text, images, self._settings(kind))
         settings = {"route": "model", "decode": self.config.decode_params}
         return {
@@ -198,7 +223,8 @@ class PrepareClips(_Prepare):
         """Return the columns of REQUEST of one segment."""
         if table["route"][row].as_py() != "model":
             return {}
-        return self.request(read_pictures(table, row), table["task"][row].as_py(), table["kind"][row].as_py())
+        pictures = read_pictures(table, row, packed=self._packs_frames)
+        return self.request(pictures, table["task"][row].as_py(), table["kind"][row].as_py())
 
 
 def page_image(table: pa.Table, row: int) -> NDArray[np.uint8]:
@@ -217,11 +243,16 @@ def page_image(table: pa.Table, row: int) -> NDArray[np.uint8]:
     return flat.reshape(height_px, width_px, 3)
 
 
-def read_pictures(table: pa.Table, row: int) -> Pictures:
+def read_pictures(table: pa.Table, row: int, *, packed: bool = False) -> Pictures:
     """Return the pixels of a row with the columns of PIXELS; raw ones are not copied.
 
+    Args:
+        table: also with `temporal_ids` when `packed`.
+        row: which one.
+        packed: whether the model sees clips in packs of frames; a page has no packs.
+
     Raises:
-        PrepareError: a column is null, or the pixels are not as many as the shapes say.
+        PrepareError: a column is null, or the pixels or the temporal ids are not as many as the shapes and grids say.
     """
     missing = [name for name in PIXELS.names if not table[name][row].is_valid]
     if missing:
@@ -229,7 +260,9 @@ def read_pictures(table: pa.Table, row: int) -> Pictures:
     shapes = tuple(Size(shape["height_px"], shape["width_px"]) for shape in table["slice_shapes"][row].as_py())
     grids = tuple(Grid(grid["rows"], grid["cols"]) for grid in table["slice_grids"][row].as_py())
     data = table["pixels"][row].as_buffer()
-    return Pictures(decode_pixels(data, table["pixel_encoding"][row].as_py(), shapes), shapes, grids)
+    pixels = decode_pixels(data, table["pixel_encoding"][row].as_py(), shapes)
+    ids = table["temporal_ids"][row].as_py() if packed else None
+    return Pictures(pixels, shapes, grids, None if ids is None else tuple(map(tuple, ids)))
 
 
 def decode_pixels(data: pa.Buffer, encoding: str, shapes: Sequence[Size]) -> NDArray[np.uint8]:

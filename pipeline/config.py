@@ -10,17 +10,17 @@ from operators.decode.clips import DecodeClipsConfig
 from operators.decode.documents import DecodeDocumentsConfig
 from operators.fetch import FetchConfig
 from operators.generate import GenerateConfig
-from operators.minicpmv.slicing import SliceConfig
-from operators.minicpmv.temporal import TemporalConfig
+from operators.minicpmv.family import Family
 from operators.parse.completions import ParseCompletionsConfig
 from operators.prepare import PrepareConfig
 from operators.probe import ProbeConfig
 from operators.prompts import prompt_for
 from operators.read import MODEL_ID, ReadPagesConfig
 from operators.skip import SkipSegmentsConfig
+from pipeline.dials import LARGEST_SEGMENT_PIXELS_BYTES, clip_slicing, page_slicing, segment_bytes, temporal_config
 from pipeline.reading import Reading
 from pipeline.sink import WriteRecordsConfig
-from pipeline.spec import RunSpec, segment_bytes
+from pipeline.spec import RunSpec
 from pipeline.versions import versions
 from schemas.ids import canonical_json, digest
 from schemas.vocabulary import SCHEMA_VERSION
@@ -34,6 +34,10 @@ CPU_BATCH_PROMPT_TOKENS = 12_288
 """A batch of eight long clips took 3.8 GB in float32 (seen): on a CPU there is nothing to gain from such width."""
 
 BATCH_PIXELS_BYTES = 256 * 2**20
+SECONDS_PER_PICTURE = 0.5
+"""Time for each picture of a segment, above the time that any segment has: what a frame of 4K takes on one core, twice
+over."""
+
 DECODER_PACKAGES = ("pymupdf", "decord", "av")
 
 
@@ -107,12 +111,12 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
     pages = shared | {
         "text_layer": spec.text_layer,
         "render": {"mode": "reference", "dpi": spec.dpi, "max_pixels": spec.max_pixels},
-        "slicing": _page_slicing(spec, reading).model_dump(),
+        "slicing": page_slicing(spec, reading.model).model_dump(),
         "prompt": prompt_for(spec.task, "pdf", spec.prompt).sha256,
     }
     segments = shared | {
-        "temporal": _temporal(spec).model_dump(),
-        "slicing": _clip_slicing(spec, reading).model_dump(),
+        "temporal": temporal_config(spec, _family(reading)).model_dump(),
+        "slicing": clip_slicing(spec, reading.model).model_dump(),
         "prompt": prompt_for(spec.task, "video", spec.prompt).sha256,
     }
     text = canonical_json({"pages": pages, "segments": segments, "segment_seconds": spec.segment_seconds})
@@ -146,7 +150,9 @@ def compose(
     """
     settings = planning_settings(spec, reading)
     folder = str(reading.model.folder) if reading.model else None
-    page_slicing, clip_slicing = _page_slicing(spec, reading), _clip_slicing(spec, reading)
+    family = _family(reading)
+    pages, clips = page_slicing(spec, reading.model), clip_slicing(spec, reading.model)
+    temporal = temporal_config(spec, family)
     fetch = FetchConfig()
     prepare: dict[str, Any] = {
         "model_folder": folder,
@@ -173,10 +179,16 @@ def compose(
             layout=spec.task == "parse",
             fetch=fetch,
         ),
-        videos=DecodeClipsConfig(temporal=_temporal(spec), slicing=clip_slicing, fetch=fetch),
+        videos=DecodeClipsConfig(
+            temporal=temporal,
+            slicing=clips,
+            max_segment_bytes=LARGEST_SEGMENT_PIXELS_BYTES,
+            segment_timeout_seconds=max(120.0, SECONDS_PER_PICTURE * temporal.most_pictures(spec.segment_seconds)),
+            fetch=fetch,
+        ),
         skip_videos=None if reading.model else SkipSegmentsConfig(reason="the CPU engine reads pages, not videos"),
-        prepare_pages=PrepareConfig(slicing=page_slicing, **prepare),
-        prepare_clips=PrepareConfig(slicing=clip_slicing, **prepare),
+        prepare_pages=PrepareConfig(slicing=pages, **prepare),
+        prepare_clips=PrepareConfig(slicing=clips, **prepare),
         generate=_generate(spec, reading) if reading.model else None,
         parse=ParseCompletionsConfig(cpu_fallback=reads_pages),
         read=ReadPagesConfig() if reads_pages else None,
@@ -184,8 +196,8 @@ def compose(
             run_uri=run_uri,
             run_id=run_id,
             repro_template=spec.repro_template(),
-            downsample_mode=page_slicing.downsample_mode if reading.model else None,
-            max_slice_nums=page_slicing.max_slices if reading.model else None,
+            downsample_mode=pages.downsample_mode if family and family.connector == "merger" else None,
+            max_slice_nums=pages.max_slices if reading.model else None,
             pass_index=pass_index,
         ),
         settings_digest=settings.digest,
@@ -231,7 +243,7 @@ def _dtype(spec: RunSpec, reading: Reading) -> str | None:
 def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:
     """Return how many records go to the model together: segments hold tens of MB of pixels each."""
     most = 32 if reading.uses_gpu else 8
-    return max(1, min(most, int(BATCH_PIXELS_BYTES // segment_bytes(spec)))) if has_videos else most
+    return max(1, min(most, int(BATCH_PIXELS_BYTES // segment_bytes(spec, _family(reading))))) if has_videos else most
 
 
 def _max_new_tokens(spec: RunSpec, reading: Reading) -> int:
@@ -245,24 +257,5 @@ def _decode_params(spec: RunSpec, reading: Reading) -> str:
     return canonical_json({"max_new_tokens": _max_new_tokens(spec, reading), "temperature": spec.temperature})
 
 
-def _page_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
-    own = reading.model.slicing if reading.model else SliceConfig()
-    return _with_choices(own, spec.downsample, spec.max_slices)
-
-
-def _clip_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
-    own = reading.model.slicing if reading.model else SliceConfig()
-    return _with_choices(own, spec.downsample, spec.video_max_slices)
-
-
-def _with_choices(own: SliceConfig, downsample: str | None, max_slices: int | None) -> SliceConfig:
-    chosen: dict[str, Any] = {}
-    if downsample:
-        chosen["downsample_mode"] = downsample
-    if max_slices:
-        chosen["max_slices"] = max_slices
-    return own.model_copy(update=chosen)
-
-
-def _temporal(spec: RunSpec) -> TemporalConfig:
-    return TemporalConfig(fps=spec.fps, max_num_frames=spec.max_frames, stack_frames=spec.stack_frames)
+def _family(reading: Reading) -> Family | None:
+    return reading.model.family if reading.model else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from operators.minicpmv.config import ModelConfig, read_model_config
 from operators.minicpmv.weights import resolve_model
 from operators.read import MODEL_ID
+from pipeline.dials import check_dials
 from pipeline.spec import RunSpec
 from schemas.errors import ConfigError
 
@@ -47,7 +48,7 @@ def choose_reading(spec: RunSpec) -> Reading:
     """Return who reads, with the model's files looked at.
 
     Raises:
-        ConfigError: no engine can do the task here, or the model is not there.
+        ConfigError: no engine can do the task here, the model is not there, or it lacks an option that was given.
     """
     has_gpu = spec.address is not None or gpu_is_here()
     if spec.device == "cuda" and not has_gpu:
@@ -58,11 +59,13 @@ def choose_reading(spec: RunSpec) -> Reading:
         return _cpu_reading(spec)
     model = spec.model or DEFAULT_MODEL
     found = resolve_model(model, spec.revision)
+    config = read_model_config(found.folder)
+    check_dials(spec, config.family)
     reason = "it was named" if spec.model else "a GPU is here and no model was named"
     return Reading(
         engine="torch",
         reason=reason,
-        model=read_model_config(found.folder),
+        model=config,
         model_id=found.model_id,
         model_revision=found.revision,
         weights_kind=found.weights_kind,

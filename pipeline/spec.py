@@ -3,22 +3,24 @@
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from pipeline.addresses import stored_uri
 from schemas.errors import ConfigError
 
 Task = Literal["ocr", "parse", "caption"]
 
-LARGEST_SEGMENT_PIXELS_BYTES = 96 * 2**20
-BYTES_PER_SLICE = 448 * 448 * 3 * 1.1
+
+def as_text(value: object) -> object:
+    """Return a number as text, anything else as it is: job files write 4, the command line "4"."""
+    return str(value) if isinstance(value, int) else value
 
 
 class RunSpec(BaseModel):
     """One run: inputs, task, output, and how.
 
-    The defaults are those of the released MiniCPM-V 4.6 where the model has one, else they are argued beside the
-    operator that uses them.
+    None where the model decides: each member of the family has its own default, and not every member has every
+    option (see `pipeline.dials`). Other defaults are argued beside the operator that uses them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,10 +66,20 @@ class RunSpec(BaseModel):
             description="Visual tokens: 16x is fewer and faster, 4x reads smaller print; the model's own by default."
         ),
     ] = None
+    small_image_upsize: Annotated[
+        Literal["always", "never", "adaptive"] | None,
+        Field(
+            description="Enlarge images that are smaller than one slice; adaptive: only where their text is small and "
+            "dense. The model's own by default."
+        ),
+    ] = None
     max_slices: Annotated[
         int | None, Field(ge=1, le=64, description="Most slices a page; more read smaller print, cost more tokens.")
     ] = None
-    video_max_slices: Annotated[int, Field(ge=1, le=16, description="Most slices a video frame.")] = 1
+    video_max_slices: Annotated[
+        int | None,
+        Field(ge=1, le=16, description="Most slices a video frame; by default 2 for 2.6, 4.0 and o 2.6, else 1."),
+    ] = None
     use_image_id: Annotated[
         bool | None, Field(description="Number the images in the prompt; by default yes for pages, no for clips.")
     ] = None
@@ -75,11 +87,33 @@ class RunSpec(BaseModel):
     start_seconds: Annotated[float | None, Field(ge=0, description="Read videos from here on.")] = None
     stop_seconds: Annotated[float | None, Field(gt=0, description="Read videos up to here.")] = None
     segment_seconds: Annotated[float, Field(gt=0, le=600, description="Length of a video segment.")] = 30.0
-    fps: Annotated[float, Field(gt=0, le=30, description="Main frames a second of video.")] = 1.0
-    max_frames: Annotated[int, Field(ge=1, le=1024, description="Most main frames a segment.")] = 128
+    fps: Annotated[
+        float | None,
+        Field(gt=0, le=30, description="Frames a second of video; by default 1, for 4.5 3, which takes up to 10."),
+    ] = None
+    max_frames: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1024,
+            description="Most main frames a segment, for 4.5 packs of frames; by default 128, for 4.5 180, for 2.6, "
+            "4.0 and o 2.6 64.",
+        ),
+    ] = None
     stack_frames: Annotated[
-        int, Field(ge=1, le=10, description="Frames seen each second: one main frame and stack-1 in a composite.")
-    ] = 1
+        int | None,
+        Field(
+            ge=1,
+            le=10,
+            description="4.6, 4.7: frames seen each second, one main frame and the others in a composite; by default "
+            "1.",
+        ),
+    ] = None
+    packing: Annotated[
+        Literal["auto", "1", "2", "3", "4", "5", "6"] | None,
+        BeforeValidator(as_text),
+        Field(description="4.5: frames that share 64 visual tokens; auto, the default, by length and max_frames."),
+    ] = None
 
     thinking: Annotated[bool, Field(description="Let the model think first; the thought is stored apart.")] = False
     prompt: Annotated[str | None, Field(description="Instruction in place of the task's own.")] = None
@@ -108,17 +142,6 @@ class RunSpec(BaseModel):
     ] = None
     price_per_gpu_hour: Annotated[float | None, Field(ge=0, description="Prints the cost of the run.")] = None
 
-    @model_validator(mode="after")
-    def _fits(self) -> "RunSpec":
-        found = segment_bytes(self)
-        if found > LARGEST_SEGMENT_PIXELS_BYTES:
-            raise ValueError(
-                f"a video segment would carry {found / 2**20:.0f} MB of pixels, at most "
-                f"{LARGEST_SEGMENT_PIXELS_BYTES / 2**20:.0f} fit: lower segment_seconds, fps, max_frames or "
-                "video_max_slices"
-            )
-        return self
-
     def stored(self) -> dict[str, Any]:
         """Return the spec as it may be written down: without the password and the secrets of URLs."""
         return self.model_dump(mode="json", exclude={"password"}) | {
@@ -138,14 +161,6 @@ class RunSpec(BaseModel):
         password = ["--password ..."] if self.password else []
         text = " ".join(part.replace("{", "{{").replace("}", "}}") for part in [*options, *password])
         return f"pagereel {self.task} {{source}} {{part}} -o repro{' ' + text if text else ''}"
-
-
-def segment_bytes(spec: RunSpec) -> float:
-    """Return the bytes of pixels that a segment of full length carries, before compression."""
-    seconds = min(spec.segment_seconds, spec.max_frames / spec.fps)
-    images = min(spec.max_frames, seconds * spec.fps) * (2 if spec.stack_frames > 1 else 1)
-    slices = images * (1 + (spec.video_max_slices if spec.video_max_slices > 1 else 0))
-    return slices * BYTES_PER_SLICE
 
 
 HOW_ONLY = (

@@ -26,4 +26,10 @@ SEGMENT_FACTS: Final = pa.schema(
     ]
 )
 """One half-open time range and the frames that were sampled from it. Times are presentation timestamps from the
-start of the stream; `decoder` is `decord` or `pyav`."""
+start of the stream; `decoder` is `decord` or `pyav`.
+
+`sampling_policy` names the rule by the member of the family that brought it: `minicpmv4_6` (main frames, others stacked
+on canvases), `minicpmv4_5` (packs), `minicpmv2_6` (frames alone). `target_fps` was asked for, `sampled_fps` came of it;
+where frames are stacked both count main frames. `packing` is `none`, `stack`, or `3d_resampler` where frames share
+visual tokens; `pack_count` counts images, canvases or packs, and `temporal_ids` has one list for each: a tenth of a
+second from the start of the segment for each of its frames."""

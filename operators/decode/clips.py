@@ -13,7 +13,7 @@ from operators.decode.box import BoxLimits, DecoderBox, remade_error
 from operators.decode.video_options import SegmentOptions, VideoLimits
 from operators.fetch import FetchConfig, KeptCopy
 from operators.minicpmv.slicing import SliceConfig
-from operators.minicpmv.temporal import TemporalConfig
+from operators.minicpmv.temporal import StackedConfig, TemporalConfig
 from schemas.errors import ContractError, DecodeError, RecordError, error_struct
 from schemas.generation import DECODED, IDENTITY
 from schemas.image import PIXELS
@@ -31,7 +31,7 @@ Outcome = tuple[dict[str, Any], dict[str, Any] | RecordError, list[RecordError]]
 class DecodeClipsConfig(OperatorConfig):
     """How segments are sampled and decoded."""
 
-    temporal: TemporalConfig = TemporalConfig()
+    temporal: TemporalConfig = StackedConfig()
     slicing: SliceConfig = SliceConfig(max_slices=1)
     segmentation: Annotated[
         Literal["fixed_stride", "scene_cut", "whole"], Field(description="How the plan cut the videos; a column.")

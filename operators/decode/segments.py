@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,32 @@ from operators.decode.frames import DecordFailedError, FrameReader, PyavReader, 
 from operators.decode.packet_index import PacketIndex, index_range
 from operators.decode.video_options import SegmentOptions
 from operators.minicpmv.slicing import SlicedImage, slice_image
-from operators.minicpmv.temporal import ClipImage, Timeline, composite, plan_clip, temporal_ids
+from operators.minicpmv.temporal import ClipImage, Timeline, composite, plan_clip
 from schemas.errors import DecodeError, PrepareError, RecordError
 
-SAMPLING_POLICY: Final = "minicpmv4_6"
+
+@dataclass
+class _Entry:
+    """What has been made of one entry of a clip: of a pack, each frame that came; of a canvas, the canvas.
+
+    Attributes:
+        places: which frames of the entry came, ascending.
+        images: the reduced frames in this order, or the one canvas.
+    """
+
+    places: list[int] = field(default_factory=list)
+    images: list[SlicedImage] = field(default_factory=list)
+
+    def slices(self) -> list[NDArray[np.uint8]]:
+        """Return the overviews of all frames, then the first slice of all frames, and so on."""
+        return [part for same_cell in zip(*(image.slices for image in self.images), strict=True) for part in same_cell]
 
 
 @dataclass
 class _Clip:
-    """What has been made of a segment so far, by number of the image; only reduced images are kept."""
+    """What has been made of a segment so far, by number of the entry; only reduced images are kept."""
 
-    images: dict[int, SlicedImage] = field(default_factory=dict)
-    seconds: dict[int, list[float]] = field(default_factory=dict)
+    entries: dict[int, _Entry] = field(default_factory=dict)
     byte_count: int = 0
 
 
@@ -135,40 +149,40 @@ def decode_segment(
         PrepareError: `too_large` when the pixels would exceed `max_segment_bytes`.
     """
     frames = segment_frames(video, index, segment["start_seconds"], segment["stop_seconds"])
-    images = plan_clip(frames.timeline, options.temporal)
+    plan = plan_clip(frames.timeline, options.temporal)
     clip = _Clip()
-    problems = decode_images(reader, frames, images, clip, options)
-    if not clip.images:
+    problems = decode_entries(reader, frames, plan, clip, options)
+    if not clip.entries:
         code = "damaged" if problems else "no_frames"
         raise DecodeError(problems[0] if problems else "no frame was sampled", code=code, stage="sample")
     damage = problems[0] if problems else frames.lost
     duration_seconds = frames.timeline.duration_seconds
-    main_count = sum(not images[number].is_composite for number in clip.images)
+    single_count = sum(len(entry.places) for number, entry in clip.entries.items() if not plan[number].is_composite)
     return {
         "start_frame": index.first_number + frames.own_start,
         "stop_frame": index.first_number + frames.own_stop,
-        "sampling_policy": SAMPLING_POLICY,
+        "sampling_policy": options.temporal.sampling_policy,
         "target_fps": options.temporal.fps,
-        "sampled_fps": main_count / duration_seconds,
+        "sampled_fps": single_count / duration_seconds,
         "packing": options.temporal.packing,
         "decoder": reader.name,
         "damage": damage,
         "damage_code": None if damage is None else "truncated_stream" if frames.lost else "damaged",
-        **clip_columns(clip, images, segment["start_seconds"]),
+        **clip_columns(clip, plan, frames.timeline, segment["start_seconds"]),
     }
 
 
-def decode_images(
-    reader: FrameReader, frames: SegmentFrames, images: list[ClipImage], clip: _Clip, options: SegmentOptions
+def decode_entries(
+    reader: FrameReader, frames: SegmentFrames, plan: list[ClipImage], clip: _Clip, options: SegmentOptions
 ) -> list[str]:
     """Fill `clip` in one ascending pass over the frames, and return what was damaged.
 
     Only the frames of composites that are not complete yet are held at full size.
     """
-    users: dict[int, list[int]] = {}
-    for number, image in enumerate(images):
-        for position in set(image.positions):
-            users.setdefault(position, []).append(number)
+    users: dict[int, list[tuple[int, int]]] = {}
+    for number, entry in enumerate(plan):
+        for place, position in enumerate(entry.positions):
+            users.setdefault(position, []).append((number, place))
     held: dict[int, dict[int, NDArray[np.uint8]]] = {}
     problems: list[str] = []
     for position in sorted(users):
@@ -177,66 +191,69 @@ def decode_images(
         except DecodeError as error:
             problems.append(str(error))
             rgb = None
-        mains = [number for number in users[position] if not images[number].is_composite]
-        if mains and rgb is not None:
-            # A frame that stays on display serves several main frames.
+        singles = [(number, place) for number, place in users[position] if not plan[number].is_composite]
+        if singles and rgb is not None:
+            # A frame that stays on display is shown several times.
             sliced = slice_image(rgb, options.slicing)
-            for number in mains:
-                keep_image(clip, number, sliced, [position], frames, options)
-        for number in set(users[position]) - set(mains):
+            for number, place in singles:
+                keep_image(clip, number, sliced, [place], options)
+        for number, place in users[position]:
+            if not plan[number].is_composite:
+                continue
             if rgb is not None:
-                held.setdefault(number, {})[position] = rgb
-            if position == max(images[number].positions) and number in held:
+                held.setdefault(number, {})[place] = rgb
+            if place == len(plan[number].positions) - 1 and number in held:
                 parts = held.pop(number)
-                there = [place for place in images[number].positions if place in parts]
-                sliced = slice_image(composite([parts[place] for place in there]), options.slicing)
-                keep_image(clip, number, sliced, there, frames, options)
+                sliced = slice_image(composite([parts[place] for place in sorted(parts)]), options.slicing)
+                keep_image(clip, number, sliced, sorted(parts), options)
     return problems
 
 
-def keep_image(
-    clip: _Clip,
-    number: int,
-    sliced: SlicedImage,
-    positions: list[int],
-    frames: SegmentFrames,
-    options: SegmentOptions,
-) -> None:
-    """Add a reduced image to the clip.
+def keep_image(clip: _Clip, number: int, sliced: SlicedImage, places: list[int], options: SegmentOptions) -> None:
+    """Add a reduced frame, or a canvas of the frames at `places`, to an entry of the clip.
 
     Raises:
         PrepareError: `too_large`.
     """
-    clip.images[number] = sliced
-    clip.seconds[number] = [float(frames.timeline.frame_seconds[position]) for position in positions]
+    entry = clip.entries.setdefault(number, _Entry())
+    entry.places += places
+    entry.images.append(sliced)
     clip.byte_count += sum(part.nbytes for part in sliced.slices)
     if clip.byte_count > options.max_segment_bytes:
         raise PrepareError(
-            f"the pixels of the segment exceed {options.max_segment_bytes} bytes after {len(clip.images)} images",
+            f"the pixels of the segment exceed {options.max_segment_bytes} bytes after {len(clip.entries)} images",
             code="too_large",
         )
 
 
-def clip_columns(clip: _Clip, images: list[ClipImage], start_seconds: float) -> dict[str, Any]:
+def clip_columns(clip: _Clip, plan: list[ClipImage], timeline: Timeline, start_seconds: float) -> dict[str, Any]:
     """Return the columns that follow from the images, in the order in which the model sees them."""
-    order = sorted(clip.images)
-    slices = [part for number in order for part in clip.images[number].slices]
-    stamps = [[start_seconds + second for second in clip.seconds[number]] for number in order]
-    overviews = [clip.images[number].slices[0] for number in order if not images[number].is_composite]
+    order = sorted(clip.entries)
+    entries = [clip.entries[number] for number in order]
+    positions = [plan[number].positions[place] for number in order for place in clip.entries[number].places]
+    overviews = [
+        image.slices[0] for number in order if not plan[number].is_composite for image in clip.entries[number].images
+    ]
+    slices = [part for entry in entries for part in entry.slices()]
     return {
-        "frame_count_sampled": sum(map(len, stamps)),
-        "frame_timestamps_seconds": [second for group in stamps for second in group],
-        "temporal_ids": [temporal_ids(clip.seconds[number]) for number in order],
+        "frame_count_sampled": len(positions),
+        "frame_timestamps_seconds": [start_seconds + float(timeline.frame_seconds[position]) for position in positions],
+        "temporal_ids": [
+            [plan[number].temporal_ids[place] for place in clip.entries[number].places] for number in order
+        ],
         "pack_count": len(order),
         "motion_score": motion_score(overviews),
         "pixels": np.concatenate([part.reshape(-1) for part in slices]),
         "slice_shapes": [{"height_px": part.shape[0], "width_px": part.shape[1]} for part in slices],
-        "slice_grids": [clip.images[number].grid._asdict() for number in order],
+        "slice_grids": [entry.images[0].grid._asdict() for entry in entries],
     }
 
 
 def motion_score(overviews: list[NDArray[np.uint8]]) -> float | None:
-    """Return the mean absolute difference of consecutive main frames, 0 to 1; None for fewer than two."""
+    """Return the mean absolute difference of consecutive frames (main frames, where others are stacked), 0 to 1.
+
+    None for fewer than two.
+    """
     if len(overviews) < 2:
         return None
     differences = [

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from operators.base import OperatorConfig
 from operators.minicpmv.slicing import SliceConfig
-from operators.minicpmv.temporal import TemporalConfig
+from operators.minicpmv.temporal import StackedConfig, TemporalConfig
 
 
 class VideoLimits(OperatorConfig):
@@ -26,7 +26,7 @@ class VideoLimits(OperatorConfig):
 class SegmentOptions(OperatorConfig):
     """How the frames of a segment are taken and reduced."""
 
-    temporal: TemporalConfig = TemporalConfig()
+    temporal: TemporalConfig = StackedConfig()
     slicing: SliceConfig = SliceConfig(max_slices=1)
     limits: VideoLimits = VideoLimits()
     decoder: Annotated[

@@ -6,6 +6,7 @@ No torch and no files here; `config.read_model_config` finds the member that a f
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from operators.minicpmv.slicing import DownsampleMode
 from schemas.errors import ConfigError
 
 FamilyName = Literal[
@@ -33,8 +34,11 @@ class Family:
         clip_rule: which frames of a clip the model sees: one a second with the others stacked on a canvas (`stacked`),
             up to six frames a pack with temporal ids (`packed`), or single frames (`frames`).
         numbers_clips: whether a clip may carry an image id.
+        separates_frames: whether the pictures of a clip stand in the prompt as images do, apart by a newline and each
+            with a number of its own; otherwise they follow each other behind one number.
         thinks: whether the chat template has a thought to open or to leave empty.
         trims_turn: whether the chat template trims the text of a turn.
+        downsample_mode: of a merger, where the model's files name none.
         image_pad, video_pad: texts of the placeholder tokens.
         text_end: text of the token that ends a text.
         unused_tensors: prefixes of tensors that files carry and nothing here uses.
@@ -48,8 +52,10 @@ class Family:
     clip_rule: ClipRule
     canvas_positions: bool = False
     numbers_clips: bool = True
+    separates_frames: bool = False
     thinks: bool = True
     trims_turn: bool = True
+    downsample_mode: DownsampleMode = "16x"
     image_pad: str = "<|image_pad|>"
     video_pad: str = "<|video_pad|>"
     text_end: str = "<|endoftext|>"
@@ -67,8 +73,19 @@ def _merger(name: FamilyName, title: str, **differences: Any) -> Family:
 
 
 def _resampler(name: FamilyName, title: str, backbone: Backbone, **differences: Any) -> Family:
-    own: dict[str, Any] = {"clip_rule": "frames", "thinks": False, "trims_turn": False} | differences
-    return Family(name, title, "resampler", backbone, "float32_step", image_pad="<unk>", video_pad="<unk>", **own)
+    own: dict[str, Any] = {"clip_rule": "frames", "thinks": False} | differences
+    return Family(
+        name,
+        title,
+        "resampler",
+        backbone,
+        "float32_step",
+        separates_frames=True,
+        trims_turn=False,
+        image_pad="<unk>",
+        video_pad="<unk>",
+        **own,
+    )
 
 
 FAMILIES: Final[dict[FamilyName, Family]] = {
@@ -76,7 +93,7 @@ FAMILIES: Final[dict[FamilyName, Family]] = {
     for family in (
         _merger("minicpmv4_6", "MiniCPM-V 4.6"),
         _merger("minicpmv4_7", "MiniCPM-V 4.7", canvas_positions=True, numbers_clips=False),
-        _merger("minicpm_ocr", "MiniCPM-OCR 1.0"),
+        _merger("minicpm_ocr", "MiniCPM-OCR 1.0", downsample_mode="4x"),
         _resampler("minicpmv4_5", "MiniCPM-V 4.5", "qwen3", clip_rule="packed", thinks=True),
         _resampler("minicpmv4_0", "MiniCPM-V 4.0", "llama", text_end="</s>"),
         _resampler("minicpmv2_6", "MiniCPM-V 2.6", "qwen2"),
@@ -92,6 +109,9 @@ VERSIONS: Final[dict[tuple[str, tuple[int, ...]], FamilyName]] = {
 }
 """Members that share a `model_type` and differ by `version`."""
 
+EARLIER_VERSIONS: Final = ((), (2, 0), (2, 5))
+"""Of `minicpmv`: their files name these versions, or none."""
+
 
 def find_family(config: dict[str, Any]) -> Family:
     """Return the member that a `config.json` describes.
@@ -106,6 +126,8 @@ def find_family(config: dict[str, Any]) -> Family:
     if model_type not in {known for known, _ in VERSIONS}:
         raise ConfigError(f"model_type {model_type!r} is not supported; supported: {titles}")
     version = read_version(config.get("version"))
+    if model_type == "minicpmv" and version in EARLIER_VERSIONS:
+        raise ConfigError(f"MiniCPM-V 2.0 and 2.5 are not supported; supported: {titles}")
     if (model_type, version) not in VERSIONS:
         raise ConfigError(
             f"model_type {model_type!r} of version {config.get('version')!r} is not supported; supported: {titles}"

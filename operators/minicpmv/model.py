@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 on transformers' layers: pictures and prompts in, logits out.
+"""Any member of the family: pictures and prompts in, logits out.
 
 Letters: `B` sequences, `T` tokens, `Q` visual tokens, `D` width.
 """
@@ -6,23 +6,19 @@ Letters: `B` sequences, `T` tokens, `Q` visual tokens, `D` width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, MiniCPMV4_6ForConditionalGeneration
-from transformers.utils import logging as transformers_logging
+from transformers import DynamicCache
 
+from operators.minicpmv.canvas import canvas_positions
 from operators.minicpmv.config import Attention, ModelConfig, read_model_config
-from operators.minicpmv.patches import pack_patches
-from operators.minicpmv.slicing import MERGED_PATCHES_PER_SIDE, DownsampleMode
+from operators.minicpmv.encoder import VisionEncoder
+from operators.minicpmv.load import load_network
+from operators.minicpmv.slicing import MERGED_PATCHES_PER_SIDE
 from operators.minicpmv.visual import Visual
-from operators.minicpmv.weights import NAMES_OF_OLDER_FILES, UNUSED_TENSORS, require_safetensors
-from schemas.errors import ConfigError, GenerationError
-
-PATCHES_PER_CALL: Final = 65_536
-"""Patches that go through the vision tower at once. Bounds its activations: about 0.6 GB in bf16 for the widest tensor
-of the released model."""
+from schemas.errors import GenerationError
 
 
 @dataclass
@@ -31,22 +27,22 @@ class BatchState:
 
     Shapes:
         mask: (B, T) int64, 0 on padding, which lies to the left.
-        lengths: (B, 1) int64, tokens of each sequence without padding.
+        positions: (B, 1) int64, position of the next token of each sequence.
     """
 
     cache: Any
     mask: Tensor
-    lengths: Tensor
+    positions: Tensor
 
 
-class MiniCPMV46:
+class MiniCPMV:
     """Prefill and decode of one loaded model.
 
     Args:
         folder: config, tokenizer and safetensors of the model.
         device: where it runs.
         dtype: of weights and activations.
-        attention: attention implementation of the vision tower and of the full-attention layers.
+        attention: attention implementation of the text model.
 
     Raises:
         ConfigError: the folder holds no such model, or tensors are missing or do not belong to it.
@@ -55,7 +51,9 @@ class MiniCPMV46:
     def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: Attention) -> None:
         self.config: ModelConfig = read_model_config(folder)
         self.device = device
-        self.network = load_network(folder, dtype, attention).to(device).eval()
+        self.network = load_network(folder, dtype, attention)
+        self.network.whole.to(device)
+        self.encoder = VisionEncoder(self.network, self.config.family, self.config.slicing.patch_px, device)
 
     @property
     def stop_ids(self) -> Sequence[int]:
@@ -76,20 +74,20 @@ class MiniCPMV46:
         Raises:
             GenerationError: a prompt's placeholders do not fit its pictures.
         """
-        modes = [self._downsample_mode(ids, visual) for ids, visual in zip(prompts, visuals, strict=True)]
+        levels = [self._merge_levels(ids, visual) for ids, visual in zip(prompts, visuals, strict=True)]
         with torch.inference_mode():
             token_ids, mask = self._pad(prompts)
-            embeddings = self.network.get_input_embeddings()(token_ids)
-            features = self._encode(visuals, modes)
+            embeddings = self.network.embed(token_ids)
+            features = self._encode(visuals, levels)
             if features is not None:
                 place = self._is_placeholder(token_ids).unsqueeze(-1)
                 embeddings = embeddings.masked_scatter(place, features.to(embeddings.dtype))
+            positions, following = self._positions(prompts, visuals, levels, mask)
             state = BatchState(
-                cache=DynamicCache(config=self.network.config.get_text_config()),
+                cache=DynamicCache(config=self.network.text.config),
                 mask=mask,
-                lengths=mask.sum(dim=1, keepdim=True),
+                positions=following,
             )
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
             return self._logits(embeddings, positions, state), state
 
     def decode(self, state: BatchState, token_ids: Sequence[int]) -> Tensor:
@@ -97,9 +95,9 @@ class MiniCPMV46:
         with torch.inference_mode():
             tokens = torch.tensor(token_ids, device=self.device)[:, None]
             state.mask = torch.cat([state.mask, torch.ones_like(tokens)], dim=1)
-            positions = state.lengths
-            state.lengths = state.lengths + 1
-            return self._logits(self.network.get_input_embeddings()(tokens), positions, state)
+            positions = state.positions
+            state.positions = state.positions + 1
+            return self._logits(self.network.embed(tokens), positions, state)
 
     def keep(self, state: BatchState, rows: Sequence[int]) -> None:
         """Drop from `state` all sequences but those at `rows`, which stay in this order."""
@@ -107,7 +105,7 @@ class MiniCPMV46:
             index = torch.tensor(rows, device=self.device)
             state.cache.reorder_cache(index)
             state.mask = state.mask[index]
-            state.lengths = state.lengths[index]
+            state.positions = state.positions[index]
 
     def release_memory(self) -> None:
         """Give cached device memory back before a smaller batch is tried."""
@@ -115,7 +113,7 @@ class MiniCPMV46:
             torch.cuda.empty_cache()
 
     def _logits(self, embeddings: Tensor, positions: Tensor, state: BatchState) -> Tensor:
-        output = self.network.model.language_model(
+        output = self.network.text(
             inputs_embeds=embeddings,
             attention_mask=state.mask,
             position_ids=positions,
@@ -123,13 +121,12 @@ class MiniCPMV46:
             use_cache=True,
         )
         # Of the last position only: the logits of a whole batch of prompts would take tens of gigabytes.
-        logits: Tensor = self.network.lm_head(output.last_hidden_state[:, -1])
-        return logits
+        return self.network.logits(output.last_hidden_state[:, -1])
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return (B, T) token ids and their mask, padded on the left.
 
-        The linear-attention layers carry a state from left to right, so padding must come before it.
+        Linear-attention layers carry a state from left to right, so padding must come before it.
         """
         longest = max(len(ids) for ids in prompts)
         pad = self.config.tokens.text_end
@@ -137,81 +134,59 @@ class MiniCPMV46:
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
         return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
+    def _positions(
+        self,
+        prompts: Sequence[Sequence[int]],
+        visuals: Sequence[Visual | None],
+        levels: Sequence[int],
+        mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the positions of a padded batch, (B, T) or (3, B, T), and of the next token of each, (B, 1)."""
+        if not self.config.family.canvas_positions:
+            return (mask.cumsum(dim=1) - 1).clamp(min=0), mask.sum(dim=1, keepdim=True)
+        positions = torch.zeros(3, *mask.shape, dtype=torch.int64)
+        following = []
+        for row, (ids, visual, own) in enumerate(zip(prompts, visuals, levels, strict=True)):
+            found, after = canvas_positions(ids, self._crop_grids(visual, own), self.config.tokens)
+            positions[:, row, mask.shape[1] - len(ids) :] = torch.from_numpy(found)
+            following.append([after])
+        return positions.to(self.device), torch.tensor(following, device=self.device)
+
+    def _crop_grids(self, visual: Visual | None, merge_levels: int) -> list[tuple[int, int]]:
+        """Return rows and columns of visual tokens of each slice."""
+        side = self.config.slicing.patch_px * 2**merge_levels
+        return [(size.height_px // side, size.width_px // side) for size in visual.shapes] if visual else []
+
     def _is_placeholder(self, token_ids: Tensor) -> Tensor:
         tokens = self.config.tokens
         return (token_ids == tokens.image_pad) | (token_ids == tokens.video_pad)
 
-    def _downsample_mode(self, prompt_ids: Sequence[int], visual: Visual | None) -> DownsampleMode | None:
-        """Return the mode in which the prompt counts visual tokens; a prompt without pictures has none."""
-        tokens = self.config.tokens
+    def _merge_levels(self, prompt_ids: Sequence[int], visual: Visual | None) -> int:
+        """Return how often four neighbours become one, as the prompt counts; 0 without pictures or with a resampler.
+
+        Raises:
+            GenerationError: the prompt holds more or fewer placeholders than its pictures become tokens.
+        """
+        tokens, slicing = self.config.tokens, self.config.slicing
         placeholders = sum(1 for token in prompt_ids if token in (tokens.image_pad, tokens.video_pad))
-        patches = visual.patch_count(self.config.slicing.patch_px) if visual else 0
+        if slicing.query_count is not None:
+            groups = len(visual.shapes if visual.packs is None else visual.packs) if visual else 0
+            if placeholders != groups * slicing.query_count:
+                raise GenerationError(
+                    f"{placeholders} placeholders do not fit {groups} slices or packs of {slicing.query_count} tokens"
+                )
+            return 0
+        patches = visual.patch_count(slicing.patch_px) if visual else 0
         if not placeholders and not patches:
-            return None
-        for mode, side in MERGED_PATCHES_PER_SIDE.items():
+            return 0
+        for side in MERGED_PATCHES_PER_SIDE.values():
             if placeholders * side**2 == patches:
-                return mode
+                return side.bit_length() - 1
         raise GenerationError(f"{placeholders} placeholders do not fit {patches} patches in any downsample mode")
 
-    def _encode(self, visuals: Sequence[Visual | None], modes: Sequence[DownsampleMode | None]) -> Tensor | None:
+    def _encode(self, visuals: Sequence[Visual | None], levels: Sequence[int]) -> Tensor | None:
         """Return the visual tokens of the batch, (Q, D), in the order of its placeholders."""
-        chunks: list[tuple[DownsampleMode, list[Visual]]] = []
-        room = 0
-        for visual, mode in zip(visuals, modes, strict=True):
-            if visual is None or mode is None:
-                continue
-            patches = visual.patch_count(self.config.slicing.patch_px)
-            if not chunks or chunks[-1][0] != mode or room < patches:
-                chunks.append((mode, []))
-                room = PATCHES_PER_CALL
-            chunks[-1][1].append(visual)
-            room -= patches
-        encoded = [feature for mode, chunk in chunks for feature in self._encode_chunk(chunk, mode)]
-        return torch.cat(encoded) if encoded else None
-
-    def _encode_chunk(self, visuals: list[Visual], mode: DownsampleMode) -> list[Tensor]:
-        packed = pack_patches(visuals, self.config.slicing.patch_px, self.device)
-        features = self.network.model.get_image_features(packed.pixel_values, packed.patch_grids, downsample_mode=mode)
-        pooled: list[Tensor] = features.pooler_output
-        return pooled
-
-
-def load_network(folder: Path, dtype: torch.dtype, attention: Attention) -> Any:
-    """Return transformers' model with the weights of `folder`, on the CPU.
-
-    Raises:
-        ConfigError: the weights are not safetensors, or do not match the model.
-    """
-    require_safetensors(folder)
-    # A worker has no terminal: its bars would be lines in somebody's log.
-    transformers_logging.disable_progress_bar()
-    try:
-        network, found = MiniCPMV4_6ForConditionalGeneration.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            key_mapping=NAMES_OF_OLDER_FILES,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            # Reported here, and refused below with all other differences at once.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        refuse(folder, f"cannot be loaded: {error}", error)
-    unused = [name for name in found["unexpected_keys"] if not name.startswith(UNUSED_TENSORS)]
-    problems = {
-        "missing": sorted(found["missing_keys"]),
-        "unexpected": sorted(unused),
-        "of another shape": sorted(str(entry[0]) for entry in found["mismatched_keys"]),
-    }
-    listed = [f"{kind}: {', '.join(names[:20])} ({len(names)})" for kind, names in problems.items() if names]
-    if listed:
-        refuse(folder, "tensors do not match the model; " + "; ".join(listed))
-    return network
-
-
-def refuse(folder: Path, reason: str, cause: Exception | None = None) -> NoReturn:
-    """Raise `ConfigError` for the model in `folder`."""
-    raise ConfigError(f"{folder}: {reason}") from cause
+        pairs = [(visual, own) for visual, own in zip(visuals, levels, strict=True) if visual is not None]
+        if not pairs:
+            return None
+        return torch.cat(self.encoder.encode([visual for visual, _ in pairs], [own for _, own in pairs]))

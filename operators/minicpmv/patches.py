@@ -1,4 +1,4 @@
-"""Slices become packed patches, on the device that encodes them.
+"""Slices of many records become one batch of patches, on the device that encodes them.
 
 Letters: `S` slices, `N` patches of all slices.
 """
@@ -12,65 +12,104 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from operators.minicpmv.visual import Visual
+from operators.minicpmv.slicing import Size
 from schemas.errors import ContractError
 
 
 @dataclass(frozen=True)
 class PackedPatches:
-    """Patches of several slices, one after the other.
+    """Patches of several slices, one slice after the other, the slices sorted by size.
+
+    Attributes:
+        pixel_values: the patches. Those of one slice stand in merge order: the four that become one come together, at
+            every level, so that merging is a reshape.
+        grids: rows and columns of patches of each slice.
+        places: number of each slice in the order in which it was given.
+        merge_levels: how often four neighbours become one, from patch to visual token.
 
     Shapes:
-        pixel_values: (1, 3, side, side * N) float32 in [-1, 1]; columns side * j to side * (j + 1) are patch j.
-        patch_grids: (S, 2) int32 on the CPU, rows then columns of each slice.
+        pixel_values: (N, side * side * 3) float32 in [-1, 1], ordered row, column, channel.
     """
 
     pixel_values: Tensor
-    patch_grids: Tensor
+    grids: tuple[tuple[int, int], ...]
+    places: tuple[int, ...]
+    merge_levels: int
 
     def __post_init__(self) -> None:
-        columns = int(self.patch_grids.prod(dim=1).sum()) * self.pixel_values.shape[2]
-        if self.pixel_values.shape[3] != columns:
-            raise ContractError(f"{self.pixel_values.shape[3]} columns of patches for grids that hold {columns}")
+        wanted = sum(rows * cols for rows, cols in self.grids)
+        if self.pixel_values.shape[0] != wanted:
+            raise ContractError(f"{self.pixel_values.shape[0]} patches for grids that hold {wanted}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the number of patches of each slice."""
+        return tuple(rows * cols for rows, cols in self.grids)
 
 
-def pack_patches(visuals: Sequence[Visual], patch_px: int, device: torch.device) -> PackedPatches:
-    """Return the patches of all slices of `visuals`, in order, normalised on `device`.
+def pack_patches(
+    slices: Sequence[NDArray[np.uint8]], patch_px: int, merge_levels: int, device: torch.device
+) -> PackedPatches:
+    """Return the patches of all slices, normalised on `device`.
+
+    Shapes:
+        slices: each (height, width, 3) uint8.
 
     Source:
         transformers `models/minicpmv4_6/image_processing_pil_minicpmv4_6.py`; the values are equal to the bit.
     """
+    places = sorted(range(len(slices)), key=lambda place: (slices[place].size, slices[place].shape, place))
     pieces: list[Tensor] = []
     grids: list[tuple[int, int]] = []
-    for visual in visuals:
+    for (height, width, _), run in itertools.groupby(places, key=lambda place: slices[place].shape):
+        same = [slices[place] for place in run]
         # Bytes and not floats cross to the device: a quarter of the traffic.
-        pixels = torch.from_numpy(writable(visual.pixels)).to(device)
-        start = 0
-        for size, run in itertools.groupby(visual.shapes):
-            count = len(list(run))
-            stop = start + count * size.height_px * size.width_px * 3
-            pieces.append(patchify(pixels[start:stop].view(count, *size, 3), patch_px))
-            grids += [(size.height_px // patch_px, size.width_px // patch_px)] * count
-            start = stop
-    packed = torch.cat(pieces, dim=-1).unsqueeze(0)
-    return PackedPatches(normalise(packed), torch.tensor(grids, dtype=torch.int32))
+        pixels = torch.from_numpy(np.stack(same)).to(device)
+        pieces.append(patchify(pixels, patch_px, merge_levels))
+        grids += [(height // patch_px, width // patch_px)] * len(same)
+    return PackedPatches(normalise(torch.cat(pieces)), tuple(grids), tuple(places), merge_levels)
 
 
-def writable(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return `pixels`, copied when it is read-only: torch takes no read-only memory without a warning."""
-    return pixels if pixels.flags.writeable else pixels.copy()
+def slice_views(pixels: NDArray[np.uint8], shapes: Sequence[Size]) -> list[NDArray[np.uint8]]:
+    """Return each slice of a record, (height, width, 3) uint8, without copying it."""
+    stops = list(itertools.accumulate(size.height_px * size.width_px * 3 for size in shapes))
+    starts = [0, *stops[:-1]]
+    return [
+        pixels[start:stop].reshape(*size, 3) for start, stop, size in zip(starts, stops, shapes, strict=True)
+    ]
 
 
-def patchify(slices: Tensor, patch_px: int) -> Tensor:
-    """Return slices of one size as patches side by side.
+def patchify(slices: Tensor, patch_px: int, merge_levels: int) -> Tensor:
+    """Return slices of one size as patches in merge order.
 
     Shapes:
         slices: (S, height, width, 3) uint8.
-        result: (3, side, side * N) uint8.
+        result: (N, side * side * 3) uint8.
     """
     count, height, width, channels = slices.shape
-    split = slices.reshape(count, height // patch_px, patch_px, width // patch_px, patch_px, channels)
-    return split.permute(5, 2, 0, 1, 3, 4).reshape(channels, patch_px, -1)
+    rows, cols = height // patch_px, width // patch_px
+    # A row of a patch with its channels is copied as a whole: the channels stay last.
+    split = slices.view(count, rows, patch_px, cols, patch_px * channels).permute(0, 1, 3, 2, 4)
+    return merge_order(split, merge_levels).reshape(count * rows * cols, -1)
+
+
+def merge_order(grid: Tensor, merge_levels: int) -> Tensor:
+    """Return what stands in a grid as a sequence in which the four of each 2 x 2 square follow one another, at every
+    level of merging; inside a square and between squares, row by row.
+
+    Shapes:
+        grid: (S, rows, cols, ...); both sides are multiples of 2 ** merge_levels.
+        result: (S, rows * cols, ...), copied once.
+    """
+    count, rows, cols, *rest = grid.shape
+    block = 2**merge_levels
+    halves = [2] * merge_levels
+    split = grid.unflatten(2, (cols // block, *halves)).unflatten(1, (rows // block, *halves))
+    row_axes = range(1, 2 + merge_levels)
+    col_axes = range(2 + merge_levels, 3 + 2 * merge_levels)
+    pairs = [axis for pair in zip(row_axes, col_axes, strict=True) for axis in pair]
+    kept = range(3 + 2 * merge_levels, split.dim())
+    return split.permute(0, *pairs, *kept).reshape(count, rows * cols, *rest)
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the released processor's to the bit.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Final, Literal, NamedTuple
 
 import numpy as np
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from operators.minicpmv.upsize import wanted_side_px
 from schemas.errors import PrepareError
 from schemas.image import Grid
 
 DownsampleMode = Literal["16x", "4x"]
+SmallImageUpsize = Literal["always", "never", "adaptive"]
 
 MERGED_PATCHES_PER_SIDE: Final[dict[DownsampleMode, int]] = {"16x": 4, "4x": 2}
 """Patches along one side of the square that becomes one visual token."""
@@ -33,10 +36,13 @@ class SliceConfig(BaseModel):
     downsample_mode: Annotated[
         DownsampleMode, Field(description="Patches a visual token stands for: 16, or 4 for finer reading.")
     ] = "16x"
-
     query_count: Annotated[
         int | None, Field(gt=0, description="Visual tokens of every slice, where a resampler makes them; null: merged.")
     ] = None
+    small_image_upsize: Annotated[
+        SmallImageUpsize,
+        Field(description="Enlarge what is smaller than one slice; adaptive: only where its text is small and dense."),
+    ] = "always"
 
     @property
     def step_px(self) -> int:
@@ -56,6 +62,8 @@ class Size(NamedTuple):
 @dataclass(frozen=True)
 class SlicePlan:
     """Where an image's pixels go: known from its size alone.
+
+    Adaptive enlarging also depends on what an image shows: its slices may turn out smaller than planned.
 
     Attributes:
         grid: rows and columns of slices; `Grid(0, 0)` when only the overview is encoded.
@@ -81,7 +89,7 @@ class SlicedImage:
 
     Shapes:
         slices: each (height, width, 3) uint8 RGB; the overview first, then the grid row by row. Cells of the grid
-            are views of one array.
+            are views of one array, unless they differ in size, as adaptive enlarging makes them.
     """
 
     slices: list[NDArray[np.uint8]]
@@ -118,7 +126,9 @@ def choose_grid(height_px: int, width_px: int, config: SliceConfig) -> Grid:
     return min(candidates, key=lambda grid: abs(target - math.log(grid.cols / grid.rows)))
 
 
-def best_resize(height_px: float, width_px: float, config: SliceConfig, *, upscale: bool) -> Size:
+def best_resize(
+    height_px: float, width_px: float, config: SliceConfig, *, upscale: bool, side_px: int | None = None
+) -> Size:
     """Return the size of one slice that shows an image of this size.
 
     Args:
@@ -126,8 +136,9 @@ def best_resize(height_px: float, width_px: float, config: SliceConfig, *, upsca
         width_px: width of the same.
         config: slice side and alignment.
         upscale: whether an image smaller than one slice is enlarged to it.
+        side_px: side of the square whose area the slice gets; None: that of `config`.
     """
-    side = config.slice_side_px
+    side = side_px or config.slice_side_px
     height: float = height_px
     width: float = width_px
     if upscale or height_px * width_px > side * side:
@@ -159,7 +170,8 @@ def plan_slices(height_px: int, width_px: int, config: SliceConfig) -> SlicePlan
         raise PrepareError(f"an image of {height_px} x {width_px} px cannot be sliced", code="too_small")
     grid = choose_grid(height_px, width_px, config)
     sliced = refine(height_px, width_px, grid, config) if grid.rows else None
-    return SlicePlan(grid, best_resize(height_px, width_px, config, upscale=sliced is None), sliced)
+    upscale = sliced is None and config.small_image_upsize != "never"
+    return SlicePlan(grid, best_resize(height_px, width_px, config, upscale=upscale), sliced)
 
 
 def resize_image(image: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
@@ -194,13 +206,49 @@ def slice_image(image: NDArray[np.uint8], config: SliceConfig) -> SlicedImage:
         PrepareError: the array is not such an image.
 
     Source:
-        transformers `models/minicpmv4_6/image_processing_pil_minicpmv4_6.py`, without rescaling and normalising,
-        which the model does on its own device.
+        transformers `models/minicpmv4_6/image_processing_pil_minicpmv4_6.py` and, for images smaller than one slice,
+        `models/minicpm_ocr/image_processing_minicpm_ocr.py`, without rescaling and normalising, which the model does
+        on its own device.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise PrepareError(f"wanted (height, width, 3) uint8, found {image.shape} {image.dtype}")
     plan = plan_slices(image.shape[0], image.shape[1], config)
-    slices = [resize_image(image, plan.overview)]
-    if plan.sliced is not None:
-        slices += cut_grid(resize_image(image, plan.sliced), plan.grid)
-    return SlicedImage(slices, plan.grid)
+    adaptive = config.small_image_upsize == "adaptive"
+    if plan.sliced is None:
+        side_px = wanted_side_px(image, config.slice_side_px) if adaptive else None
+        overview = adapted_size(image, side_px, config) if adaptive else plan.overview
+        return SlicedImage([resize_image(image, overview)], plan.grid)
+    cells = cut_grid(resize_image(image, plan.sliced), plan.grid)
+    if adaptive:
+        parts = cut_evenly(image, plan.grid)
+        cells = [adapt_cell(part, cell, config) for part, cell in zip(parts, cells, strict=True)]
+    return SlicedImage([resize_image(image, plan.overview), *cells], plan.grid)
+
+
+def adapted_size(image: NDArray[np.uint8], side_px: int | None, config: SliceConfig) -> Size:
+    """Return the size of one slice that shows `image`, enlarged to the area of `side_px` squared if that is given."""
+    return best_resize(image.shape[0], image.shape[1], config, upscale=side_px is not None, side_px=side_px)
+
+
+def adapt_cell(part: NDArray[np.uint8], cell: NDArray[np.uint8], config: SliceConfig) -> NDArray[np.uint8]:
+    """Return `cell`, or the part of the image that it shows at a smaller size, where that is enough.
+
+    Shapes:
+        part: (height, width, 3) uint8, before any resize; may be empty.
+        cell: the same part as a cell of the enlarged image.
+    """
+    if not 0 < part.shape[0] * part.shape[1] <= config.slice_side_px**2:
+        return cell
+    side_px = wanted_side_px(part, config.slice_side_px)
+    size = adapted_size(part, side_px, config)
+    if side_px == config.slice_side_px or size.height_px * size.width_px >= cell.shape[0] * cell.shape[1]:
+        return cell
+    return resize_image(part, size)
+
+
+def cut_evenly(image: NDArray[np.uint8], grid: Grid) -> list[NDArray[np.uint8]]:
+    """Return the parts of `image` that the cells of `grid` show, row by row, as views; borders are rounded."""
+    height_px, width_px = image.shape[:2]
+    rows = [round(height_px * row / grid.rows) for row in range(grid.rows + 1)]
+    cols = [round(width_px * col / grid.cols) for col in range(grid.cols + 1)]
+    return [image[top:bottom, left:right] for top, bottom in pairwise(rows) for left, right in pairwise(cols)]

@@ -1,38 +1,50 @@
-"""A clip becomes a list of images: which frames the model sees, in which order, and which of them share a canvas.
+"""A clip becomes a list of pictures: which frames the model sees, in which order, and which of them belong together.
 
-Times are seconds from the start of the clip unless a name says otherwise.
+Members of the family differ in the rule: frames one by one with others stacked on a canvas between them, packs of
+frames, or frames alone. Times are seconds from the start of the clip unless a name says otherwise.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from operators.minicpmv.family import ClipRule
+from operators.minicpmv.packing import (
+    TEMPORAL_UNIT_SECONDS,
+    PackedConfig,
+    choose_packing,
+    in_packs,
+    time_ids,
+    uniform_places,
+)
+
 GAP_PX: Final = 6
 """Black pixels between the frames of a composite."""
 
 LONG_CLIP_STEP: Final = 0.1
-"""Distance of the candidates of a clip with more periods than `max_num_frames`, in periods."""
+"""Distance of the candidates of a clip with more periods than `max_frames`, in periods."""
 
 CLOCK_TOLERANCE_SECONDS: Final = 0.001
 """Largest rounding of presentation times that is forgiven; containers with millisecond clocks round by half of it."""
 
-TEMPORAL_UNIT_SECONDS: Final = 0.1
 
-
-class TemporalConfig(BaseModel):
-    """How frames are taken from a clip; the defaults are those of the released model."""
+class StackedConfig(BaseModel):
+    """Main frames, and the frames between them on canvases; the defaults are those of the released model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    sampling_policy: ClassVar[str] = "minicpmv4_6"
+    released_max_slices: ClassVar[int] = 1
 
+    kind: Literal["stacked"] = "stacked"
     fps: Annotated[
         float, Field(gt=0, le=60, description="Main frames a second; more see faster motion and cost more tokens.")
     ] = 1.0
-    max_num_frames: Annotated[
+    max_frames: Annotated[
         int, Field(ge=1, le=4096, description="Upper bound on main frames; a longer clip is sampled more thinly.")
     ] = 128
     stack_frames: Annotated[
@@ -44,6 +56,43 @@ class TemporalConfig(BaseModel):
     def packing(self) -> str:
         """Return `stack` when frames share a canvas, otherwise `none`."""
         return "stack" if self.stack_frames > 1 else "none"
+
+    def most_pictures(self, duration_seconds: float) -> int:
+        """Return how many main frames and canvases a clip of this length has at most."""
+        mains = min(self.max_frames, math.ceil(duration_seconds * self.fps))
+        return mains * (2 if self.stack_frames > 1 else 1)
+
+
+class FramesConfig(BaseModel):
+    """Frames alone, each an ordinary image; the defaults are those of the released models."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    packing: ClassVar[str] = "none"
+    sampling_policy: ClassVar[str] = "minicpmv2_6"
+    released_max_slices: ClassVar[int] = 2
+
+    kind: Literal["frames"] = "frames"
+    fps: Annotated[
+        float, Field(gt=0, le=60, description="Frames a second; more see faster motion and cost more tokens.")
+    ] = 1.0
+    max_frames: Annotated[
+        int, Field(ge=1, le=4096, description="Upper bound on frames; a longer clip is sampled more thinly.")
+    ] = 64
+
+    def most_pictures(self, duration_seconds: float) -> int:
+        """Return how many frames a clip of this length has at most."""
+        # A step of whole frames: every second one of 2.9 a period is 1.45 a period.
+        return min(self.max_frames, math.ceil(duration_seconds * self.fps * 1.5))
+
+
+TemporalConfig = Annotated[StackedConfig | PackedConfig | FramesConfig, Field(discriminator="kind")]
+"""How frames are taken from a clip, by the rule of the model."""
+
+CONFIG_OF_RULE: Final[dict[ClipRule, type[StackedConfig] | type[PackedConfig] | type[FramesConfig]]] = {
+    "stacked": StackedConfig,
+    "packed": PackedConfig,
+    "frames": FramesConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +125,17 @@ class Timeline:
         # A tick too many or too few is rounding by the writer of the file.
         return bool(np.all(np.abs(self.frame_seconds - exact) <= self.tolerance_seconds * 2))
 
-    def frames_at(self, seconds: Sequence[float]) -> list[int]:
+    def is_gapless(self) -> bool:
+        """Return whether frames come at a constant rate over the whole clip, as in a file of its own.
+
+        A picture that stays to the end of a clip is no frame of a constant rate.
+        """
+        if not self.is_constant_rate():
+            return False
+        missing_seconds = abs(len(self.frame_seconds) / self.frame_rate - self.duration_seconds)
+        return missing_seconds <= 1 / self.frame_rate + self.tolerance_seconds
+
+    def frames_at(self, seconds: Sequence[float] | NDArray[np.float64]) -> list[int]:
         """Return, for each time, the position of the frame on display then; the first frame before any is shown.
 
         At a constant rate it is the released processor's truncated product, which in floating point is sometimes one
@@ -91,17 +150,17 @@ class Timeline:
 
 @dataclass(frozen=True)
 class ClipImage:
-    """One image that the model sees: a main frame, or a canvas of the frames between two main frames.
+    """One entry of a clip as the model sees it: a frame, a pack of frames, or a canvas of frames.
 
     Attributes:
-        times: requested times of its frames.
-        positions: places of these frames in the timeline.
+        positions: places of its frames in the timeline; a pack may show a frame twice.
+        temporal_ids: place in time of each frame, in tenths of a second from the start of the clip.
         is_composite: whether the frames share a canvas.
     """
 
-    times: tuple[float, ...]
     positions: tuple[int, ...]
-    is_composite: bool
+    temporal_ids: tuple[int, ...]
+    is_composite: bool = False
 
 
 def thinned(values: list[float], limit: int) -> list[float]:
@@ -111,7 +170,7 @@ def thinned(values: list[float], limit: int) -> list[float]:
     return [values[index] for index in np.linspace(0, len(values) - 1, limit, dtype=int)]
 
 
-def main_periods(period_count: float, config: TemporalConfig) -> list[float]:
+def main_periods(period_count: float, config: StackedConfig) -> list[float]:
     """Return the times of the main frames, in periods of 1 / fps seconds.
 
     Args:
@@ -121,13 +180,13 @@ def main_periods(period_count: float, config: TemporalConfig) -> list[float]:
     Source:
         transformers `models/minicpmv4_6/video_processing_minicpmv4_6.py`, `sample_frames`, where a period is a second.
     """
-    if period_count <= config.max_num_frames:
+    if period_count <= config.max_frames:
         return [float(index) for index in range(math.ceil(period_count))]
     candidates = [round(index * LONG_CLIP_STEP, 1) for index in range(int(period_count / LONG_CLIP_STEP))]
-    return thinned(candidates, config.max_num_frames)
+    return thinned(candidates, config.max_frames)
 
 
-def sub_periods(period_count: float, config: TemporalConfig) -> list[float]:
+def sub_periods(period_count: float, config: StackedConfig) -> list[float]:
     """Return the times of the frames between main frames, in periods; none unless frames are stacked."""
     inner = config.stack_frames - 1
     times = [
@@ -135,43 +194,96 @@ def sub_periods(period_count: float, config: TemporalConfig) -> list[float]:
         for period in range(math.ceil(period_count))
         for step in range(1, config.stack_frames)
     ]
-    return thinned([time for time in times if time < period_count], config.max_num_frames * inner) if inner else []
+    return thinned([time for time in times if time < period_count], config.max_frames * inner) if inner else []
 
 
-def plan_clip(timeline: Timeline, config: TemporalConfig) -> list[ClipImage]:
-    """Return the images of a clip in the order in which the model sees them.
-
-    Composite k follows main frame k. In a clip of more periods than `max_num_frames` main frame k is not in period k
-    any more, but the pairing stays by number, and composites beyond the last main frame are not used: the released
-    processor does so.
+def plan_clip(timeline: Timeline, config: StackedConfig | PackedConfig | FramesConfig) -> list[ClipImage]:
+    """Return the entries of a clip in the order in which the model sees them.
 
     Args:
-        timeline: the frames; none gives no images.
-        config: sampling.
+        timeline: the frames; none gives no entries.
+        config: the rule, and its numbers.
     """
     if not len(timeline.frame_seconds) or timeline.duration_seconds <= 0:
         return []
+    if config.kind == "stacked":
+        return plan_stacked(timeline, config)
+    return plan_packed(timeline, config) if config.kind == "packed" else plan_frames(timeline, config)
+
+
+def plan_stacked(timeline: Timeline, config: StackedConfig) -> list[ClipImage]:
+    """Return main frames, and behind them the canvases of the frames between.
+
+    Composite k follows main frame k. In a clip of more periods than `max_frames` main frame k is not in period k any
+    more, but the pairing stays by number, and composites beyond the last main frame are not used: the released
+    processor does so.
+    """
     period_count = timeline.duration_seconds * config.fps
-    mains = main_periods(period_count, config)
     groups: dict[int, list[float]] = {}
     for time in sub_periods(period_count, config):
         groups.setdefault(int(time), []).append(time)
     images: list[ClipImage] = []
-    for number, time in enumerate(mains):
-        images.append(clip_image([time], timeline, config, is_composite=False))
+    for number, time in enumerate(main_periods(period_count, config)):
+        images.append(shown_at([time / config.fps], timeline))
         if number in groups:
-            images.append(clip_image(groups[number], timeline, config, is_composite=True))
+            images.append(shown_at([time / config.fps for time in groups[number]], timeline, is_composite=True))
     return images
 
 
-def clip_image(periods: list[float], timeline: Timeline, config: TemporalConfig, *, is_composite: bool) -> ClipImage:
-    """Return the image of the frames on display at these times, given in periods."""
-    times = [period / config.fps for period in periods]
-    return ClipImage(tuple(times), tuple(timeline.frames_at(times)), is_composite)
+def plan_packed(timeline: Timeline, config: PackedConfig) -> list[ClipImage]:
+    """Return packs of frames.
+
+    A clip at a constant rate is treated as the recipe treats a file. Otherwise the frames are those on display in the
+    middle of equal shares of the clip, which is the recipe's choice without its rounding to whole frames, and the ids
+    are of these moments: a picture that stays is seen to stay.
+    """
+    rate = timeline.frame_rate if timeline.frame_rate > 0 else math.inf
+    if timeline.is_gapless():
+        count = len(timeline.frame_seconds)
+        duration_seconds = count / rate
+        chosen = choose_packing(duration_seconds, rate, config)
+        positions = uniform_places(count, chosen.frame_count)
+        seconds = np.asarray(positions, np.float64) / rate
+    else:
+        duration_seconds = timeline.duration_seconds
+        chosen = choose_packing(duration_seconds, rate, config)
+        shares = np.arange(chosen.frame_count, dtype=np.float64) + 0.5
+        seconds = shares * duration_seconds / chosen.frame_count
+        positions = timeline.frames_at(seconds)
+    ids = time_ids(seconds, duration_seconds)
+    packs = in_packs(list(zip(positions, ids, strict=True)), chosen.frames_per_pack)
+    return [ClipImage(tuple(place for place, _ in pack), tuple(number for _, number in pack)) for pack in packs]
 
 
-def temporal_ids(seconds: Sequence[float]) -> list[int]:
-    """Return the places in time of frames, in tenths of a second from the start of the clip, never negative."""
+def plan_frames(timeline: Timeline, config: FramesConfig) -> list[ClipImage]:
+    """Return single frames: at a constant rate every so many frames, otherwise those on display at equal intervals.
+
+    Source:
+        The model cards of MiniCPM-V 2.6 and 4.0, recipe for videos, where a period is a second.
+    """
+    if timeline.is_gapless():
+        step = max(round(timeline.frame_rate / config.fps), 1)
+        positions = list(range(0, len(timeline.frame_seconds), step))
+    else:
+        count = math.ceil(timeline.duration_seconds * config.fps)
+        positions = timeline.frames_at([number / config.fps for number in range(count)])
+    if len(positions) > config.max_frames:
+        positions = [positions[place] for place in uniform_places(len(positions), config.max_frames)]
+    ids = temporal_ids(timeline.frame_seconds[positions])
+    return [ClipImage((position,), (number,)) for position, number in zip(positions, ids, strict=True)]
+
+
+def shown_at(seconds: list[float], timeline: Timeline, *, is_composite: bool = False) -> ClipImage:
+    """Return the entry of the frames on display at these times."""
+    positions = timeline.frames_at(seconds)
+    return ClipImage(tuple(positions), tuple(temporal_ids(timeline.frame_seconds[positions])), is_composite)
+
+
+def temporal_ids(seconds: Sequence[float] | NDArray[np.float64]) -> list[int]:
+    """Return the places in time of frames, in tenths of a second from the start of the clip, never negative.
+
+    For models that are told no times: a column, and nothing else.
+    """
     # Half a nanosecond keeps 0.3 / 0.1 from truncating to 2.
     return [max(int(time / TEMPORAL_UNIT_SECONDS + 5e-9), 0) for time in seconds]
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from operators.minicpmv.config import DEMO_MARKER, read_json, require_supported
-from operators.minicpmv.demo import DEMO_VERSION, write_demo_model
+from operators.minicpmv.config import DEMO_MARKER, read_json, refuse_gguf, require_supported
+from operators.minicpmv.demo import DEMO_VERSION, demo_family
+from operators.minicpmv.family import FamilyName
+from operators.minicpmv.tiny import write_tiny_model
 from schemas.errors import ConfigError
 from schemas.ids import digest
 
 WeightsKind = Literal["released", "local", "demo_random", "demo_trained"]
 
-DEMO_MODEL: Final = "demo"
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
 
@@ -27,6 +28,18 @@ NAMES_OF_OLDER_FILES: Final = {
     r"^model\.vit_merger\.": "model.vision_tower.vit_merger.",
 }
 """Tensor names that other writers of the same model use, as patterns, and the released names."""
+
+HASHED_SETTINGS: Final = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""Files beside the weights that determine an answer."""
 
 UNUSED_TENSORS: Final = ("mtp.", "model.mtp.")
 """Prefixes of tensors that a file may carry for multi-token prediction, which nothing here uses."""
@@ -53,7 +66,8 @@ def resolve_model(model: str, revision: str | None = None) -> ModelRef:
     """Return the model named `model`, made or fetched where it is not here yet.
 
     Args:
-        model: `demo`, a local folder, or a hub id such as `openbmb/MiniCPM-V-4.6`.
+        model: `demo`, `demo:` and a member such as `minicpmv4_5`, a local folder, or a hub id such as
+            `openbmb/MiniCPM-V-4.6`.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -63,7 +77,7 @@ def resolve_model(model: str, revision: str | None = None) -> ModelRef:
     config = read_json(folder / "config.json")
     require_supported(config, folder)
     require_safetensors(folder)
-    if model == DEMO_MODEL or Path(model).expanduser().is_dir():
+    if Path(model).expanduser().is_dir() or demo_family(model):
         return ModelRef(folder, model, hash_weights(folder), kind_of_local(config))
     return ModelRef(folder, model, folder.name, "released")
 
@@ -104,13 +118,15 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     """Return the folder of a model's files, made or fetched where it is not here yet; nothing is hashed.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be fetched.
+        ConfigError: there is no such model, it cannot be fetched, or it holds GGUF weights.
     """
+    refuse_gguf(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    if model == DEMO_MODEL:
-        return demo_folder()
+    family = demo_family(model)
+    if family:
+        return demo_folder(family)
     if not HUB_ID.fullmatch(model):
         raise ConfigError(f"model {model!r} is neither a folder nor a hub id; `demo` needs no download")
     return fetch_from_hub(model, revision)
@@ -122,16 +138,16 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "pagereel"
 
 
-def demo_folder() -> Path:
-    """Return the folder of the demo model, made now if it is not there.
+def demo_folder(family: FamilyName) -> Path:
+    """Return the folder of the demo model of a member, made now if it is not there.
 
     Several processes may make it at once: each writes a folder of its own, the first rename wins.
 
     Raises:
         ConfigError: the cache folder cannot be written.
     """
-    final = cache_folder() / f"demo-minicpmv4_6-{DEMO_VERSION}"
-    if (final / "model.safetensors").exists():
+    final = cache_folder() / f"demo-{family}-{DEMO_VERSION}"
+    if any(final.glob("*.safetensors")):
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -139,14 +155,14 @@ def demo_folder() -> Path:
     except OSError as error:
         raise ConfigError(f"the cache folder {final.parent} cannot be written: {error}") from error
     try:
-        write_demo_model(fresh)
+        write_tiny_model(fresh, family)
         # Temporary folders are private; a model in a shared cache must be readable.
         fresh.chmod(0o755)
         with contextlib.suppress(OSError):
             fresh.rename(final)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    if not (final / "model.safetensors").exists():
+    if not any(final.glob("*.safetensors")):
         raise ConfigError(f"{final} is in the way of the demo model: remove it")
     return final
 
@@ -201,8 +217,7 @@ def require_whole(path: Path) -> None:
 
 def hash_weights(folder: Path) -> str:
     """Return one hash of everything in `folder` that determines an answer: weights, config and tokenizer."""
-    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
-    files = [folder / name for name in names if (folder / name).exists()]
+    files = [folder / name for name in HASHED_SETTINGS if (folder / name).exists()]
     parts = [part for path in [*files, *require_safetensors(folder)] for part in (path.name, hash_file(path))]
     return digest(*parts)
 

@@ -13,6 +13,7 @@ import pytest
 
 from jobs.options import ARGUMENT_FIELDS, GROUPS
 from jobs.spec import load_spec
+from operators.minicpmv.tiny import write_tiny_model
 from pipeline.spec import RunSpec
 from schemas.errors import ConfigError
 
@@ -49,6 +50,11 @@ def document(tmp_path: Path) -> Path:
         (["ocr", "x.pdf", "-o", "OUT", "--fps", "fast"], "--fps"),
         (["ocr", "x.pdf", "-o", "OUT", "--fps", "99"], "fps: Input should be less than or equal to 30"),
         (["ocr", "x.pdf", "-o", "OUT", "--engine", "vllm"], "--engine"),
+        (["ocr", "x.pdf", "-o", "OUT", "--packing", "7"], "--packing"),
+        (
+            ["ocr", "IN", "-o", "OUT", "--model", "demo", "--packing", "4"],
+            "MiniCPM-V 4.6 has no --packing: it sees clips",
+        ),
         (["ocr", "/no/such/file.pdf", "-o", "OUT"], "does not exist"),
         (["ocr", "IN", "-o", "/proc/none"], "not writable"),
         (["ocr", "IN", "-o", "OUT", "--model", "/no/such/folder"], "neither a folder nor a hub id"),
@@ -66,6 +72,18 @@ def test_a_wrong_command_is_one_line_and_status_2(tmp_path, document, arguments,
     assert len(lines) == 1
     assert lines[0].startswith("pagereel: ")
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("option", [["--thinking"], ["--stack-frames", "3"], ["--downsample", "4x"]], ids=" ".join)
+def test_runs_and_plans_refuse_what_their_model_does_not_have(tmp_path, document, option):
+    (tmp_path / "model").mkdir()
+    write_tiny_model(tmp_path / "model", "minicpmv2_6")
+    for command in (["ocr", document, "-o", tmp_path / "out"], ["plan", document]):
+        done = pagereel(*command, "--model", tmp_path / "model", *option)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith(f"pagereel: MiniCPM-V 2.6 has no {option[0]}: ")
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_prints_the_accounting_and_where_the_tables_are(tmp_path, document):

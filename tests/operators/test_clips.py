@@ -11,7 +11,7 @@ import pytest
 from operators.decode.box import BoxLimits
 from operators.decode.clips import DecodeClips, DecodeClipsConfig
 from operators.fetch import sha256_of
-from operators.minicpmv.temporal import TemporalConfig
+from operators.minicpmv.temporal import StackedConfig
 from schemas.errors import ContractError, DecodeError, error_struct
 from schemas.generation import DECODED
 from schemas.source import UNIT
@@ -108,7 +108,7 @@ def test_a_unit_of_pages_breaks_the_contract(video, operator):
 
 
 def test_sampling_follows_the_config(video, operator):
-    [row] = operator(temporal=TemporalConfig(fps=2.0, stack_frames=2))(units(unit(video, [(0.0, 2.0)]))).to_pylist()
+    [row] = operator(temporal=StackedConfig(fps=2.0, stack_frames=2))(units(unit(video, [(0.0, 2.0)]))).to_pylist()
     assert row["frame_timestamps_seconds"] == pytest.approx([0, 0.24, 0.5, 0.72, 1.0, 1.24, 1.48, 1.72], abs=0.021)
     assert (row["target_fps"], row["sampled_fps"], row["packing"]) == (2.0, 2.0, "stack")
     assert (row["pack_count"], row["frame_count_sampled"]) == (8, 8)

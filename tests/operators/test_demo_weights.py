@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, MiniCPMV4_6ForConditionalGeneration
 
 from operators.minicpmv import weights
-from operators.minicpmv.demo import demo_tokenizer, fill, write_demo_model
-from operators.minicpmv.model import load_network
-from operators.minicpmv.weights import hash_weights, locate_model, resolve_model
+from operators.minicpmv.config import read_model_config
+from operators.minicpmv.demo import write_demo_model
+from operators.minicpmv.family import FAMILIES
+from operators.minicpmv.load import load_network
+from operators.minicpmv.weights import hash_weights, locate_model, model_folder, resolve_model
 from schemas.errors import ConfigError
 
 
@@ -32,39 +33,6 @@ def folder(tmp_path):
     return path
 
 
-def test_tensors_are_those_of_the_released_architecture(folder):
-    network = MiniCPMV4_6ForConditionalGeneration(AutoConfig.from_pretrained(folder))
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items() if name != "lm_head.weight"}
-    made = {name: value.shape for name, value in load_file(folder / "model.safetensors").items()}
-    assert made == wanted
-    assert sum(np.prod(shape) for shape in made.values()) == 705_960
-
-
-def test_weights_depend_on_their_names_alone():
-    first = fill("model.merger.mlp.0.linear_1.weight", (3, 4))
-    np.testing.assert_array_equal(first, fill("model.merger.mlp.0.linear_1.weight", (3, 4)))
-    np.testing.assert_allclose(first[0], [0.7982896, -0.27432764, 1.215633, 0.28543445], rtol=1e-6)
-    assert not np.array_equal(first, fill("model.merger.mlp.0.linear_2.weight", (3, 4)))
-
-
-def test_two_makers_write_equal_files(tmp_path):
-    hashes = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_demo_model(tmp_path / name)
-        hashes.append(hash_weights(tmp_path / name))
-    assert hashes[0] == hashes[1]
-
-
-def test_the_tokenizer_has_one_token_a_byte():
-    tokenizer = demo_tokenizer()
-    assert tokenizer.get_vocab_size() == 269
-    text = "Ümläut 表 !"
-    ids = tokenizer.encode(text).ids
-    assert len(ids) == len(text.encode())
-    assert tokenizer.decode(ids) == text
-
-
 def test_demo_is_made_once_and_marked(cache):
     first = resolve_model("demo")
     made_at = (first.folder / "model.safetensors").stat().st_mtime_ns
@@ -74,6 +42,30 @@ def test_demo_is_made_once_and_marked(cache):
     assert first.folder.parent == cache
     assert (first.folder / "model.safetensors").stat().st_mtime_ns == made_at
     assert [path.name for path in cache.iterdir() if path.name.startswith(".demo")] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_member_has_a_demo(cache, name):
+    found = resolve_model(f"demo:{name}")
+    assert (found.model_id, found.weights_kind) == (f"demo:{name}", "demo_random")
+    assert found.folder == model_folder(f"demo:{name}")
+    assert read_model_config(found.folder).family_name == name
+    assert locate_model("/absent/here", found.model_id, found.revision, "demo_random") == found
+
+
+def test_demo_alone_is_4_6(cache):
+    assert resolve_model("demo").folder == resolve_model("demo:minicpmv4_6").folder
+    assert resolve_model("demo").revision == resolve_model("demo:minicpmv4_6").revision
+    assert len({resolve_model(f"demo:{name}").revision for name in FAMILIES}) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ["demo:", "demo:minicpmv", "demo:MiniCPM-V 4.5"])
+def test_a_demo_that_there_is_none_of_is_refused_with_those_there_are(cache, name):
+    with pytest.raises(ConfigError, match="there is no demo model") as caught:
+        resolve_model(name)
+    assert all(f"demo:{known}" in str(caught.value) for known in FAMILIES)
+    assert "\n" not in str(caught.value)
+    assert not cache.exists()
 
 
 def test_several_processes_may_make_it_at_once(cache):
@@ -191,9 +183,11 @@ def test_names_of_older_files_and_unused_tensors_are_understood(folder):
         }
         return renamed | {"mtp.layers.0.weight": np.zeros(3, np.float32)}
 
-    wanted = {name: value.clone() for name, value in load_network(folder, torch.float32, "sdpa").state_dict().items()}
+    wanted = {
+        name: value.clone() for name, value in load_network(folder, torch.float32, "sdpa").whole.state_dict().items()
+    }
     rewrite(folder, change)
-    found = load_network(folder, torch.float32, "sdpa").state_dict()
+    found = load_network(folder, torch.float32, "sdpa").whole.state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

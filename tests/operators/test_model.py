@@ -6,10 +6,9 @@ from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import Min
 
 from operators.engine.engine import BatchEngine
 from operators.engine.request import Request, SamplingParams
-from operators.minicpmv import model as model_module
 from operators.minicpmv.demo import write_demo_model
-from operators.minicpmv.model import MiniCPMV46
-from operators.minicpmv.patches import PackedPatches, pack_patches
+from operators.minicpmv.model import MiniCPMV
+from operators.minicpmv.patches import PackedPatches, merge_order, pack_patches
 from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_tokens
 from operators.minicpmv.slicing import Size, SliceConfig, slice_image
 from operators.minicpmv.visual import Visual
@@ -27,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
+    return MiniCPMV(folder, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +66,42 @@ def mixed_requests(builder):
     return requests
 
 
-@pytest.mark.parametrize("mode", ["16x", "4x"])
-def test_packed_patches_equal_the_released_processor(folder, mode):
-    slicing = SliceConfig(downsample_mode=mode)
+def processed(folder, images, mode):
+    """Return what the released processor makes of `images`."""
     processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(folder)
+    return processor([Image.fromarray(image) for image in images], downsample_mode=mode, return_tensors="pt")
+
+
+@pytest.mark.parametrize(("mode", "levels"), [("16x", 2), ("4x", 1)])
+def test_packed_patches_equal_the_released_processor(folder, mode, levels):
+    slicing = SliceConfig(downsample_mode=mode)
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
-    wanted = processor([Image.fromarray(image) for image in images], downsample_mode=mode, return_tensors="pt")
-    packed = pack_patches([visual_of([image], slicing)[0] for image in images], 14, torch.device("cpu"))
-    assert torch.equal(packed.pixel_values, wanted["pixel_values"])
-    assert torch.equal(packed.patch_grids, wanted["target_sizes"].to(torch.int32))
+    wanted = processed(folder, images, mode)
+    slices = [piece for image in images for piece in slice_image(image, slicing).slices]
+    packed = pack_patches(slices, 14, levels, torch.device("cpu"))
+    sizes = [tuple(size) for size in wanted["target_sizes"].tolist()]
+    assert [packed.grids[packed.places.index(number)] for number in range(len(slices))] == sizes
+    released = wanted["pixel_values"][0].reshape(3, 14, -1, 14).permute(2, 1, 3, 0).flatten(1)
+    starts = np.cumsum([0, *(rows * cols for rows, cols in sizes)])
+    start = 0
+    for (rows, cols), place in zip(packed.grids, packed.places, strict=True):
+        own = released[starts[place] : starts[place + 1]].reshape(1, rows, cols, -1)
+        assert torch.equal(packed.pixel_values[start : start + rows * cols], merge_order(own, levels)[0])
+        start += rows * cols
+
+
+def test_merge_order_brings_the_four_of_each_square_together():
+    numbers = torch.arange(16).reshape(1, 4, 4, 1)
+    assert merge_order(numbers, 0).flatten().tolist() == list(range(16))
+    assert merge_order(numbers, 1).flatten().tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    wide = torch.arange(32).reshape(1, 4, 8, 1)
+    assert merge_order(wide, 2).flatten().tolist()[:8] == [0, 1, 8, 9, 2, 3, 10, 11]
+    assert merge_order(wide, 2).flatten().tolist()[16:20] == [4, 5, 12, 13]
 
 
 def test_packed_patches_check_their_size():
-    with pytest.raises(ContractError, match="columns"):
-        PackedPatches(torch.zeros(1, 3, 14, 28), torch.tensor([[2, 2]]))
+    with pytest.raises(ContractError, match="patches for grids"):
+        PackedPatches(torch.zeros(3, 588), ((2, 2),), (0,), 1)
 
 
 def test_pixels_that_are_too_few_are_refused():
@@ -106,17 +127,18 @@ def test_answers_end_early_and_at_varied_lengths(model, builder):
     assert len({answer.output_tokens for answer in answers}) > 3
 
 
-def test_logits_equal_those_of_the_whole_network(model, builder):
+def test_logits_equal_those_of_the_whole_network(folder, model, builder):
     requests = mixed_requests(builder)[:5]
     logits, _ = model.prefill([request.prompt_ids for request in requests], [request.visual for request in requests])
     for row, request in enumerate(requests):
-        packed = pack_patches([request.visual], 14, torch.device("cpu"))
+        mode = "16x" if row % 2 == 0 else "4x"
+        inputs = processed(folder, [picture(*SIZES[row // 2], row // 2)], mode)
         with torch.inference_mode():
-            whole = model.network(
+            whole = model.network.whole(
                 input_ids=torch.tensor([request.prompt_ids]),
-                pixel_values=packed.pixel_values,
-                target_sizes=packed.patch_grids,
-                downsample_mode="16x" if row % 2 == 0 else "4x",
+                pixel_values=inputs["pixel_values"],
+                target_sizes=inputs["target_sizes"],
+                downsample_mode=mode,
             ).logits[0, -1]
         torch.testing.assert_close(logits[row], whole, atol=2e-5, rtol=1e-4)
 
@@ -125,13 +147,13 @@ def test_encoding_in_chunks_changes_nothing(model, builder, monkeypatch):
     requests = mixed_requests(builder)
     prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
     at_once, _ = model.prefill(prompts, visuals)
-    monkeypatch.setattr(model_module, "PATCHES_PER_CALL", 1500)
+    monkeypatch.setattr(model.encoder, "patches_per_call", 1500)
     in_chunks, _ = model.prefill(prompts, visuals)
     torch.testing.assert_close(in_chunks, at_once, atol=2e-5, rtol=1e-4)
 
 
 def test_eager_attention_gives_the_same_answers(folder, model, builder):
-    eager = MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.float32, attention="eager")
+    eager = MiniCPMV(folder, device=torch.device("cpu"), dtype=torch.float32, attention="eager")
     requests = mixed_requests(builder)[:4]
     answers = [BatchEngine(one, max_rows=4, max_prompt_tokens=10**6).generate(requests) for one in (model, eager)]
     assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
@@ -150,7 +172,7 @@ def test_dropping_sequences_keeps_the_others(model, builder):
 
 
 def test_bfloat16_runs_close_to_float32(folder, model, builder):
-    half = MiniCPMV46(folder, device=torch.device("cpu"), dtype=torch.bfloat16, attention="sdpa")
+    half = MiniCPMV(folder, device=torch.device("cpu"), dtype=torch.bfloat16, attention="sdpa")
     requests = mixed_requests(builder)[:4]
     prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
     wanted, _ = model.prefill(prompts, visuals)
@@ -172,4 +194,4 @@ def test_placeholders_that_fit_no_mode_fail_their_request_alone(model, builder):
 
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError):
-        MiniCPMV46(tmp_path, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")
+        MiniCPMV(tmp_path, device=torch.device("cpu"), dtype=torch.float32, attention="sdpa")

@@ -10,10 +10,10 @@ import pytest
 from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.slicing import SliceConfig
-from operators.minicpmv.temporal import TemporalConfig, Timeline, composite, plan_clip
+from operators.minicpmv.temporal import StackedConfig, Timeline, composite, plan_clip
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages
 from operators.prompts import prompt_for
-from tests.operators.reference46 import Reference
+from tests.operators.reference_mergers import Reference
 from tests.operators.rows46 import clip_row, page_pictures, page_row, table_of
 
 MAX_NEW_TOKENS = 48
@@ -191,7 +191,7 @@ def test_five_clips_agree(folder, reference, generate):
     for number, (count, fps, height_px, width_px, most, stacked, slices) in enumerate(CLIPS):
         frames = moving_frames(count, height_px, width_px, number)
         timeline = Timeline(np.arange(count) / fps, count / fps, fps, 1 / 90_000)
-        plan = plan_clip(timeline, TemporalConfig(max_num_frames=most, stack_frames=stacked))
+        plan = plan_clip(timeline, StackedConfig(max_frames=most, stack_frames=stacked))
         pictures = [
             composite([frames[position] for position in image.positions])
             if image.is_composite

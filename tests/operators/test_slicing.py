@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
+from operators.minicpmv.prompt import visual_tokens
 from operators.minicpmv.slicing import (
     SliceConfig,
     best_resize,
@@ -23,6 +24,9 @@ from schemas.image import Grid
 
 REFERENCE = MiniCPMV4_6ImageProcessorPil(do_rescale=False, do_normalize=False)
 MODES = ("16x", "4x")
+CONNECTORS = (*({"downsample_mode": mode} for mode in MODES), {"query_count": 64})
+"""What aligns the sides of slices: mergers of either mode, or patches where a resampler follows."""
+
 LIMITS = (1, 2, 9, 36)
 SIZES_EACH = int(os.environ.get("PAGEREEL_SLICING_SIZES", "12"))
 """Random sizes compared pixel by pixel, for each mode and limit."""
@@ -32,21 +36,29 @@ def noise(height_px, width_px, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
 
 
+def reference_unit(config):
+    """Patch size and mode under which the reference aligns sides as the model does: where nothing merges, to a patch,
+    which are two by two half patches."""
+    return (7, "4x") if config.query_count else (14, config.downsample_mode)
+
+
 def reference_slices(image, config):
     """The released processor's slices as (height, width, 3) uint8, and its grid."""
+    side, mode = reference_unit(config)
     produced = REFERENCE(
         [Image.fromarray(image)],
         max_slice_nums=config.max_slices,
-        downsample_mode=config.downsample_mode,
+        patch_size=side,
+        downsample_mode=mode,
         do_rescale=False,
         do_normalize=False,
     )
     packed = np.asarray(produced["pixel_values"])[0]
     slices, start = [], 0
     for rows, cols in np.asarray(produced["target_sizes"]).tolist():
-        columns = packed[:, :, start * 14 : (start + rows * cols) * 14]
-        patches = columns.reshape(3, 14, rows, cols, 14)
-        slices.append(patches.transpose(2, 1, 3, 4, 0).reshape(rows * 14, cols * 14, 3))
+        columns = packed[:, :, start * side : (start + rows * cols) * side]
+        patches = columns.reshape(3, side, rows, cols, side)
+        slices.append(patches.transpose(2, 1, 3, 4, 0).reshape(rows * side, cols * side, 3))
         start += rows * cols
     return slices, Grid(*produced["grids"][0])
 
@@ -68,10 +80,10 @@ def random_sizes(count, largest_area_px, seed):
         yield max(1, round((area_px / ratio) ** 0.5)), max(1, round((area_px * ratio) ** 0.5))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("connector", CONNECTORS)
 @pytest.mark.parametrize("limit", LIMITS)
-def test_pixels_equal_the_released_processor_on_random_sizes(mode, limit):
-    config = SliceConfig(max_slices=limit, downsample_mode=mode)
+def test_pixels_equal_the_released_processor_on_random_sizes(connector, limit):
+    config = SliceConfig(max_slices=limit, **connector)
     source = noise(1600, 1600)
     for height_px, width_px in random_sizes(SIZES_EACH, 1_200_000, seed=limit):
         height_px, width_px = min(height_px, 1600), min(width_px, 1600)
@@ -79,27 +91,30 @@ def test_pixels_equal_the_released_processor_on_random_sizes(mode, limit):
 
 
 def test_sizes_equal_the_released_processor_on_many_random_sizes():
-    for mode in MODES:
+    for connector in CONNECTORS:
         for limit in LIMITS:
-            config = SliceConfig(max_slices=limit, downsample_mode=mode)
+            config = SliceConfig(max_slices=limit, **connector)
+            patch, mode = reference_unit(config)
             for height_px, width_px in random_sizes(1000, 30_000_000, seed=7 * limit):
                 plan = plan_slices(height_px, width_px, config)
                 grid = REFERENCE.get_sliced_grid((height_px, width_px), limit, 448)
                 assert plan.grid == (Grid(*grid) if grid else Grid(0, 0))
-                assert plan.overview == REFERENCE.find_best_resize((height_px, width_px), 448, 14, mode, grid is None)
+                assert plan.overview == REFERENCE.find_best_resize(
+                    (height_px, width_px), 448, patch, mode, grid is None
+                )
                 if grid:
-                    refined = REFERENCE.get_refine_size((height_px, width_px), grid, 448, 14, mode, True)
+                    refined = REFERENCE.get_refine_size((height_px, width_px), grid, 448, patch, mode, True)
                     assert plan.sliced == refined
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("connector", CONNECTORS)
 @pytest.mark.parametrize(
     ("height_px", "width_px"),
     [(1, 1), (1, 2), (2, 1), (7, 3), (20, 2000), (2000, 20), (1, 700), (700, 1), (448, 448), (449, 448), (448, 1344)],
 )
-def test_pixels_equal_the_released_processor_on_extreme_sizes(mode, height_px, width_px):
+def test_pixels_equal_the_released_processor_on_extreme_sizes(connector, height_px, width_px):
     for limit in LIMITS:
-        assert_same_pixels(noise(height_px, width_px), SliceConfig(max_slices=limit, downsample_mode=mode))
+        assert_same_pixels(noise(height_px, width_px), SliceConfig(max_slices=limit, **connector))
 
 
 def test_pixels_equal_the_released_processor_on_rendered_pages():
@@ -111,8 +126,8 @@ def test_pixels_equal_the_released_processor_on_rendered_pages():
         )
         data = page.get_pixmap(matrix=pymupdf.Matrix(scale, scale)).tobytes("png")
         image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-        for mode in MODES:
-            assert_same_pixels(image, SliceConfig(downsample_mode=mode))
+        for connector in CONNECTORS:
+            assert_same_pixels(image, SliceConfig(**connector))
 
 
 def test_an_image_that_fits_one_slice_is_not_cut():
@@ -129,12 +144,34 @@ def test_one_slice_allowed_means_the_overview_alone():
     assert len(plan.shapes()) == 1
 
 
-def test_a_page_gives_the_published_counts():
-    plan = plan_slices(2339, 1654, SliceConfig())
-    assert len(plan.shapes()) == 10
-    assert sum(size.height_px * size.width_px // 196 for size in plan.shapes()) == 11_200
-    fine = plan_slices(2339, 1654, SliceConfig(downsample_mode="4x"))
-    assert sum(size.height_px * size.width_px // 196 // 4 for size in fine.shapes()) == 2_470
+COUNTS = [
+    # width, height, limit; slices, patches and tokens with a resampler; slices, patches and tokens 16x; tokens 4x
+    (1240, 1754, 9, (9, 9_234, 576), (9, 10_080, 630), 2_223),
+    (1654, 2339, 9, (10, 10_260, 640), (10, 11_200, 700), 2_470),
+    (2480, 3508, 9, (9, 9_234, 576), (9, 9_184, 574), 2_223),
+    (1240, 1754, 36, (13, 13_302, 832), (13, 13_408, 838), 3_319),
+    (1654, 2339, 36, (21, 21_426, 1_344), (21, 21_600, 1_350), 5_347),
+    (2480, 3508, 36, (36, 36_866, 2_304), (36, 36_960, 2_310), 9_207),
+    (1344, 1344, 9, (10, 10_240, 640), (10, 10_240, 640), 2_560),
+    (1344, 1344, 36, (10, 10_240, 640), (10, 10_240, 640), 2_560),
+    (1920, 1080, 1, (1, 1_032, 64), (1, 1_056, 66), 252),
+    (1280, 720, 1, (1, 1_032, 64), (1, 1_056, 66), 252),
+    (640, 360, 1, (1, 1_032, 64), (1, 1_056, 66), 252),
+]
+"""Made once with the released code: A4 pages of 150, 200 and 300 dpi, a square, and video frames."""
+
+
+@pytest.mark.parametrize(("width_px", "height_px", "limit", "resampled", "merged", "fine_tokens"), COUNTS)
+def test_common_sizes_give_the_published_counts(width_px, height_px, limit, resampled, merged, fine_tokens):
+    made = []
+    for connector in CONNECTORS:
+        config = SliceConfig(max_slices=limit, **connector)
+        shapes = plan_slices(height_px, width_px, config).shapes()
+        patches = sum(shape.height_px * shape.width_px // 196 for shape in shapes)
+        made.append((len(shapes), patches, sum(visual_tokens(shape, config) for shape in shapes)))
+    assert made[2] == resampled
+    assert made[0] == merged
+    assert made[1][2] == fine_tokens
 
 
 def test_the_plan_announces_the_shapes_that_slicing_makes():
@@ -148,6 +185,7 @@ def test_the_plan_announces_the_shapes_that_slicing_makes():
 def test_sides_are_multiples_that_the_merges_need():
     assert best_resize(100, 37, SliceConfig(), upscale=False) == (112, 56)
     assert best_resize(100, 37, SliceConfig(downsample_mode="4x"), upscale=False) == (112, 28)
+    assert best_resize(100, 37, SliceConfig(query_count=64), upscale=False) == (98, 42)
     assert refine(1000, 700, Grid(2, 2), SliceConfig()) == (1120, 784)
 
 

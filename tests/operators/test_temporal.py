@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from operators.minicpmv.temporal import (
-    TemporalConfig,
+    StackedConfig,
     Timeline,
     composite,
     composite_layout,
@@ -56,11 +56,11 @@ def reference_frames(timeline, config):
     """Return main and stacked frame numbers as the reference chooses them from the whole video."""
     count = len(timeline.frame_seconds)
     metadata = SimpleNamespace(total_num_frames=count, fps=timeline.frame_rate, duration=timeline.duration_seconds)
-    chosen = sample_frames(SimpleNamespace(), metadata, config.max_num_frames, config.stack_frames)
-    main_count = min(math.ceil(timeline.duration_seconds), config.max_num_frames)
-    if timeline.duration_seconds > config.max_num_frames:
-        main_count = min(int(timeline.duration_seconds / 0.1), config.max_num_frames)
-    # Up to max_num_frames seconds the reference does not bound its numbers, and its decoder would fail.
+    chosen = sample_frames(SimpleNamespace(), metadata, config.max_frames, config.stack_frames)
+    main_count = min(math.ceil(timeline.duration_seconds), config.max_frames)
+    if timeline.duration_seconds > config.max_frames:
+        main_count = min(int(timeline.duration_seconds / 0.1), config.max_frames)
+    # Up to max_frames seconds the reference does not bound its numbers, and its decoder would fail.
     return [min(n, count - 1) for n in chosen[:main_count]], chosen[main_count:]
 
 
@@ -74,7 +74,7 @@ def planned_frames(timeline, config):
 @pytest.mark.parametrize("rate", RATES, ids=str)
 @pytest.mark.parametrize("max_num_frames", [128, 16, 5, 1])
 def test_main_frames_of_a_constant_rate_clip_are_those_of_the_reference(rate, max_num_frames):
-    config = TemporalConfig(max_num_frames=max_num_frames)
+    config = StackedConfig(max_frames=max_num_frames)
     for frame_count in FRAME_COUNTS:
         timeline = constant_rate(rate, frame_count)
         assert planned_frames(timeline, config) == reference_frames(timeline, config), (rate, frame_count)
@@ -83,15 +83,15 @@ def test_main_frames_of_a_constant_rate_clip_are_those_of_the_reference(rate, ma
 @pytest.mark.parametrize("rate", RATES, ids=str)
 @pytest.mark.parametrize("stack_frames", [2, 3, 4, 5, 7])
 def test_stacked_frames_of_a_constant_rate_clip_are_those_of_the_reference(rate, stack_frames):
-    config = TemporalConfig(stack_frames=stack_frames)
+    config = StackedConfig(stack_frames=stack_frames)
     for frame_count in FRAME_COUNTS:
         timeline = constant_rate(rate, frame_count)
-        if timeline.duration_seconds <= config.max_num_frames:
+        if timeline.duration_seconds <= config.max_frames:
             assert planned_frames(timeline, config) == reference_frames(timeline, config), (rate, frame_count)
 
 
 def test_a_clip_longer_than_the_bound_pairs_composites_with_main_frames_by_number():
-    config = TemporalConfig(stack_frames=3, max_num_frames=10)
+    config = StackedConfig(stack_frames=3, max_frames=10)
     timeline = constant_rate(Fraction(30), 30 * 40)
     mains, stacked = reference_frames(timeline, config)
     times = [sec + j / 3 for sec in range(40) for j in (1, 2)]
@@ -110,7 +110,7 @@ def test_a_clip_longer_than_the_bound_pairs_composites_with_main_frames_by_numbe
 @pytest.mark.parametrize("rate", [Fraction(30), Fraction(30000, 1001), Fraction(24), Fraction(60000, 1001)], ids=str)
 @pytest.mark.parametrize("tick_seconds", [1 / 1000, 1 / 90000, 1 / 12800])
 def test_times_rounded_to_the_clock_of_the_container_give_the_same_frames(rate, tick_seconds):
-    config = TemporalConfig(stack_frames=3)
+    config = StackedConfig(stack_frames=3)
     timeline = constant_rate(rate, 400, tick_seconds)
     assert timeline.is_constant_rate()
     assert planned_frames(timeline, config) == reference_frames(timeline, config)
@@ -125,47 +125,47 @@ def test_the_truncation_of_the_reference_is_kept_where_it_picks_one_frame_early(
 def test_a_variable_rate_clip_shows_the_frame_on_display():
     times = np.array([0.0, 0.04, 0.9, 1.0, 2.5, 2.9])
     timeline = Timeline(times, 5.0, 1.2, 0.001)
-    assert planned_frames(timeline, TemporalConfig()) == ([0, 3, 3, 5, 5], [])
+    assert planned_frames(timeline, StackedConfig()) == ([0, 3, 3, 5, 5], [])
 
 
 def test_a_clip_that_starts_between_frames_begins_with_the_frame_on_display():
     # 29.97 frames a second from 3.0 s on: frame 89 is shown until 3.003 s.
     times = np.array([n * 1001 / 30000 - 3.0 for n in range(89, 180)])
     timeline = Timeline(times, 3.0, 30000 / 1001, 1 / 30000)
-    assert planned_frames(timeline, TemporalConfig())[0] == [0, 30, 60]
+    assert planned_frames(timeline, StackedConfig())[0] == [0, 30, 60]
     assert times[30] <= 1.0 < times[31]
 
 
 def test_a_clip_before_its_first_frame_begins_with_that_frame():
     timeline = Timeline(np.array([1.5, 1.6]), 3.0, 10.0, 0.001)
-    assert planned_frames(timeline, TemporalConfig())[0] == [0, 0, 1]
+    assert planned_frames(timeline, StackedConfig())[0] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(("fps", "count"), [(0.5, 5), (1.0, 10), (2.0, 20), (5.0, 50)])
 def test_fps_sets_the_main_frames_a_second(fps, count):
     timeline = constant_rate(Fraction(30), 300)
-    mains, _ = planned_frames(timeline, TemporalConfig(fps=fps))
+    mains, _ = planned_frames(timeline, StackedConfig(fps=fps))
     assert len(mains) == count
     assert mains[:3] == [0, int(30 / fps), int(60 / fps)]
 
 
 def test_fps_never_exceeds_the_bound_on_main_frames():
     timeline = constant_rate(Fraction(30), 900)
-    mains, _ = planned_frames(timeline, TemporalConfig(fps=10, max_num_frames=128))
+    mains, _ = planned_frames(timeline, StackedConfig(fps=10, max_frames=128))
     assert len(mains) == 128
     assert mains == sorted(mains)
 
 
 def test_stacking_at_two_periods_a_second_fills_the_half_seconds():
     timeline = constant_rate(Fraction(24), 48)
-    images = plan_clip(timeline, TemporalConfig(fps=2.0, stack_frames=3))
+    images = plan_clip(timeline, StackedConfig(fps=2.0, stack_frames=3))
     assert [image.positions for image in images[:4]] == [(0,), (4, 8), (12,), (16, 20)]
     assert [image.is_composite for image in images[:4]] == [False, True, False, True]
 
 
 def test_no_frames_give_no_images():
-    assert plan_clip(Timeline(np.empty(0), 3.0, 25.0, 0.001), TemporalConfig()) == []
-    assert plan_clip(Timeline(np.zeros(1), 0.0, 25.0, 0.001), TemporalConfig()) == []
+    assert plan_clip(Timeline(np.empty(0), 3.0, 25.0, 0.001), StackedConfig()) == []
+    assert plan_clip(Timeline(np.zeros(1), 0.0, 25.0, 0.001), StackedConfig()) == []
 
 
 def test_temporal_ids_are_tenths_of_a_second():

@@ -359,7 +359,7 @@ def test_frames_hidden_by_an_edit_list_are_not_shown(tmp_path, make_video, numbe
 
 def test_stacked_frames_share_a_canvas(tmp_path, make_video, number_of):
     path = make_video(tmp_path / "a.mp4", **AT_25, size=(96, 128))
-    [item] = decoded(path, ranges(2.0, 2.0), temporal={"stack_frames": 3})
+    [item] = decoded(path, ranges(2.0, 2.0), temporal={"kind": "stacked", "stack_frames": 3})
     main, canvas, second, _ = pictures(item)
     assert (number_of(main), number_of(second)) == (0, 25)
     # Two frames of 128x96 stand one above the other, 6 of 198 pixels apart.
@@ -409,7 +409,7 @@ def test_frames_before_and_after_damage_still_come(tmp_path, make_video, number_
     assert numbers(second, number_of) == [100, 125, 150, 175]
     assert numbers(third, number_of) == [200, 225]
     [torn_segment] = decoded(
-        path, [{"segment_index": 0, "start_seconds": 2.0, "stop_seconds": 4.0}], temporal={"fps": 5}
+        path, [{"segment_index": 0, "start_seconds": 2.0, "stop_seconds": 4.0}], temporal={"kind": "stacked", "fps": 5}
     )
     assert numbers(torn_segment, number_of) == [50, 55, 60, 65, 70, 75, 80]
     assert torn_segment["damage_code"] == "damaged"

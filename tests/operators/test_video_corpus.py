@@ -195,7 +195,7 @@ def test_what_is_whole_of_a_damaged_file_comes_out(corpus, name, seconds, code):
 
 def test_frames_around_damage_are_those_of_the_undamaged_file(corpus):
     """Both files are copies of one video, so that what is kept can be compared."""
-    options = {"temporal": {"fps": 5.0}}
+    options = {"temporal": {"kind": "stacked", "fps": 5.0}}
     segment = [{"segment_index": 0, "start_seconds": 0.0, "stop_seconds": 10.0}]
     [torn] = decode_segments(str(corpus / "broken/corrupt_packets_middle.mp4"), segment, options)
     [whole] = decode_segments(str(corpus / "broken/header_says_60000x60000.mp4"), segment, options)
@@ -220,7 +220,11 @@ def test_a_frame_of_8k_takes_less_than_a_gigabyte(corpus):
     try:
         item = box.call(
             "operators.decode.segments:decode_segments",
-            {"path": str(path), "segments": segments_of(1.0), "options": {"temporal": {"fps": 10, "stack_frames": 2}}},
+            {
+                "path": str(path),
+                "segments": segments_of(1.0),
+                "options": {"temporal": {"kind": "stacked", "fps": 10, "stack_frames": 2}},
+            },
             timeout_seconds=120,
         )
         assert item["pack_count"] == 20

@@ -1,0 +1,137 @@
+"""Pictures of many records become visual tokens in one pass, whatever their sizes, and each record gets its own back.
+
+Letters: `T` visual tokens of a record, `D` width of the text model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from operators.minicpmv.family import Family
+from operators.minicpmv.network import Network
+from operators.minicpmv.patches import pack_patches, slice_views
+from operators.minicpmv.resampler import NO_TIME, lay_out
+from operators.minicpmv.vision import encode_patches, merge_patches
+from operators.minicpmv.visual import Visual
+
+PATCHES_PER_CALL: Final = {"cuda": 65_536, "cpu": 16_384}
+"""Patches that go through the tower at once, by type of device. Bounds its activations: about 0.6 GB in bf16 for the
+widest tensor of a model of full size on a GPU."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Slices that become tokens together: one slice, or a pack of frames.
+
+    Attributes:
+        record: number of the record they belong to.
+        slices: each (height, width, 3) uint8.
+        times: temporal id of each, -1 for none.
+    """
+
+    record: int
+    slices: tuple[NDArray[np.uint8], ...]
+    times: tuple[int, ...]
+
+    def patch_count(self, patch_px: int) -> int:
+        """Return the patches of all slices."""
+        return sum(part.shape[0] * part.shape[1] for part in self.slices) // patch_px**2
+
+
+class VisionEncoder:
+    """Tower and connector of one network.
+
+    Args:
+        network: the weights.
+        family: which member they are.
+        patch_px: side of a patch.
+        device: where the tower is.
+        patches_per_call: bound on what goes through at once; None: by the type of device.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        family: Family,
+        patch_px: int,
+        device: torch.device,
+        patches_per_call: int | None = None,
+    ) -> None:
+        self.network = network
+        self.family = family
+        self.patch_px = patch_px
+        self.device = device
+        self.patches_per_call = patches_per_call or PATCHES_PER_CALL.get(device.type, PATCHES_PER_CALL["cpu"])
+
+    def encode(self, visuals: Sequence[Visual], merge_levels: Sequence[int]) -> list[Tensor]:
+        """Return the visual tokens of each record, (T, D).
+
+        Args:
+            visuals: the pictures of each record.
+            merge_levels: how often four neighbours become one, for each record: 2 or 1; 0 where a resampler follows.
+        """
+        tokens: list[list[Tensor]] = [[] for _ in visuals]
+        for levels in sorted(set(merge_levels)):
+            chosen = [number for number, own in enumerate(merge_levels) if own == levels]
+            groups = [group for number in chosen for group in groups_of(number, visuals[number])]
+            for chunk in chunks(groups, self.patch_px, self.patches_per_call):
+                for group, made in zip(chunk, self.encode_groups(chunk, levels), strict=True):
+                    tokens[group.record].append(made)
+        return [torch.cat(parts) for parts in tokens]
+
+    def encode_groups(self, groups: Sequence[Group], merge_levels: int) -> list[Tensor]:
+        """Return the visual tokens of each group, (T, D); all go through together."""
+        slices = [part for group in groups for part in group.slices]
+        packed = pack_patches(slices, self.patch_px, merge_levels, self.device)
+        after = self._window_merger_after(merge_levels)
+        encoded = encode_patches(self.network.tower, packed, self.family.position_buckets, after)
+        if self.family.connector == "merger":
+            merged = merge_patches(self.network.connector, encoded)
+            found = merged.split([length // 4**merge_levels for length in packed.lengths])
+            return [found[place] for place in inverse(packed.places)]
+        where = iter(inverse(packed.places))
+        packs = [[(next(where), time) for time in group.times] for group in groups]
+        layout = lay_out(packed.grids, packs, self.network.connector.proj.shape[0], self.device)
+        return list(self.network.connector(encoded, layout))
+
+    def _window_merger_after(self, merge_levels: int) -> int | None:
+        """Return the layer after which windows merge: only where patches merge once more than the mergers do."""
+        if self.family.connector == "resampler" or merge_levels <= len(self.network.connector.mlp):
+            return None
+        return int(self.network.tower.config.insert_layer_id)
+
+
+def groups_of(record: int, visual: Visual) -> Iterator[Group]:
+    """Yield the groups of a record in the order of its tokens."""
+    views = iter(slice_views(visual.pixels, visual.shapes))
+    packs = visual.packs if visual.packs is not None else ((NO_TIME,),) * len(visual.shapes)
+    for times in packs:
+        yield Group(record, tuple(next(views) for _ in times), tuple(times))
+
+
+def chunks(groups: Sequence[Group], patch_px: int, patches: int) -> Iterator[list[Group]]:
+    """Yield the groups in order, in runs of at most `patches`; a larger group goes alone."""
+    chunk: list[Group] = []
+    room = patches
+    for group in groups:
+        count = group.patch_count(patch_px)
+        if chunk and count > room:
+            yield chunk
+            chunk, room = [], patches
+        chunk.append(group)
+        room -= count
+    if chunk:
+        yield chunk
+
+
+def inverse(places: Sequence[int]) -> list[int]:
+    """Return where each number stands in a permutation."""
+    found = [0] * len(places)
+    for index, place in enumerate(places):
+        found[place] = index
+    return found
