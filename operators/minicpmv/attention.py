@@ -33,7 +33,7 @@ class Bucket:
         count: how many they are.
         longest: rows of the longest.
         index: (B * L,) int64 row of each place, padding repeats a row; None when all are equally long.
-        mask: (B, 1, 1, L) bool, False on padding; None when all are equally long.
+        mask: (B, 1, 1, L), 0 on rows and minus infinity on padding; None when all are equally long.
         places: (rows,) int64 place of each row among the B * L; None when all are equally long.
     """
 
@@ -74,7 +74,7 @@ def plan_attention(lengths: Sequence[int], device: torch.device, dtype: torch.dt
     buckets: list[Bucket] = []
     start = 0
     for group in group_lengths(lengths):
-        buckets.append(make_bucket(start, group, device))
+        buckets.append(make_bucket(start, group, device, dtype))
         start = buckets[-1].stop
     return Ragged(tuple(buckets), None, longest)
 
@@ -99,7 +99,7 @@ def group_lengths(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def make_bucket(start: int, lengths: list[int], device: torch.device) -> Bucket:
+def make_bucket(start: int, lengths: list[int], device: torch.device, dtype: torch.dtype) -> Bucket:
     """Return the bucket of neighbouring sequences whose first row is `start`."""
     stop, longest = start + sum(lengths), max(lengths)
     if min(lengths) == longest:
@@ -110,13 +110,15 @@ def make_bucket(start: int, lengths: list[int], device: torch.device) -> Bucket:
     first = own.cumsum(0) - own
     index = torch.where(mask, first + place, first)
     places = mask.flatten().nonzero()[:, 0]
+    # Added to the scores: a mask of truths would be turned into this in each layer.
+    added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     return Bucket(
         start,
         stop,
         len(lengths),
         longest,
         index.flatten().to(device),
-        mask[:, None, None, :].to(device),
+        added[:, None, None, :].to(device),
         places.to(device),
     )
 

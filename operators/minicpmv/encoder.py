@@ -96,7 +96,7 @@ class VisionEncoder:
             return [found[place] for place in inverse(packed.places)]
         where = iter(inverse(packed.places))
         packs = [[(next(where), time) for time in group.times] for group in groups]
-        layout = lay_out(packed.grids, packs, self.network.connector.proj.shape[0], self.device)
+        layout = lay_out(packed.grids, packs, self.network.connector.proj.shape[0], encoded)
         return list(self.network.connector(encoded, layout))
 
     def _window_merger_after(self, merge_levels: int) -> int | None:

@@ -131,7 +131,7 @@ class PackLayout:
 
 
 def lay_out(
-    grids: Sequence[tuple[int, int]], packs: Sequence[Sequence[tuple[int, int]]], width: int, device: torch.device
+    grids: Sequence[tuple[int, int]], packs: Sequence[Sequence[tuple[int, int]]], width: int, like: Tensor
 ) -> PackLayout:
     """Return the layout of packs.
 
@@ -139,8 +139,9 @@ def lay_out(
         grids: rows and columns of patches of each slice, in the order of the tower's output.
         packs: number of each slice and its temporal id, -1 for none, pack by pack; each slice in one pack.
         width: of the text model.
-        device: where the tensors go.
+        like: a tensor of the device and dtype in which the resampler runs.
     """
+    device = like.device
     lengths = [rows * cols for rows, cols in grids]
     starts = np.cumsum([0, *lengths])
     totals = [sum(lengths[number] for number, _ in pack) for pack in packs]
@@ -153,7 +154,7 @@ def lay_out(
     frame_index = np.repeat(np.arange(len(slices)), [lengths[number] for number, _ in slices])
     return PackLayout(
         rows=None if bool((rows == np.arange(len(rows))).all()) else torch.from_numpy(rows).to(device),
-        buckets=pack_buckets([totals[pack] for pack in order], device),
+        buckets=pack_buckets([totals[pack] for pack in order], like),
         places=torch.from_numpy(np.argsort(order)).to(device),
         row_index=torch.from_numpy(np.concatenate([side[0] for side in sides])).to(device),
         col_index=torch.from_numpy(np.concatenate([side[1] for side in sides])).to(device),
@@ -163,11 +164,12 @@ def lay_out(
     )
 
 
-def pack_buckets(totals: Sequence[int], device: torch.device) -> tuple[Bucket, ...]:
+def pack_buckets(totals: Sequence[int], like: Tensor) -> tuple[Bucket, ...]:
     """Return the buckets of packs of these lengths, which ascend."""
     buckets: list[Bucket] = []
     for group in group_lengths(totals):
-        buckets.append(make_bucket(buckets[-1].stop if buckets else 0, group, device))
+        start = buckets[-1].stop if buckets else 0
+        buckets.append(make_bucket(start, group, like.device, like.dtype))
     return tuple(buckets)
 
 

@@ -118,9 +118,7 @@ def random_clip(generator, slicing):
     count = generator.randint(1, round(3 * fps))
     first = random_picture(generator, slicing, most_slices=2)
     timeline = Timeline(np.arange(count) / fps, count / fps, fps, 1 / 90_000)
-    config = StackedConfig(
-        max_frames=generator.choice((2, 128)), stack_frames=generator.choice((1, 1, 2, 3, 4, 5))
-    )
+    config = StackedConfig(max_frames=generator.choice((2, 128)), stack_frames=generator.choice((1, 1, 2, 3, 4, 5)))
     frames = [np.roll(first, (3 * number, 5 * number), (0, 1)) for number in range(count)]
     return [
         composite([frames[position] for position in image.positions])

@@ -61,7 +61,7 @@ def test_the_three_dimensional_features_are_golden(encoder, golden):
 def test_a_grid_that_the_float32_step_shifts_is_golden(network, golden):
     packed = PackedPatches(golden45.odd_patches(), ((25, 41),), (0,), 0)
     encoded = encode_patches(network.tower, packed, "float32_step")
-    found = network.connector(encoded, lay_out(packed.grids, [[(0, -1)]], 256, CPU))
+    found = network.connector(encoded, lay_out(packed.grids, [[(0, -1)]], 256, encoded))
     assert_close(found, golden["C.features_25x41"])
     exact = encode_patches(network.tower, packed, "exact")
     assert (exact - encoded).abs().max() > 0.01
