@@ -1,18 +1,17 @@
 """What the engine asks of a model."""
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 V_contra = TypeVar("V_contra", contravariant=True)
-S = TypeVar("S")
 
 
-class CausalModel(Protocol[V_contra, S]):
-    """Makes the logits of the next token for a batch of sequences.
+class SlotModel(Protocol[V_contra]):
+    """Makes the logits of the next token for sequences that live in numbered slots.
 
-    `S` is the model's own state of a running batch: its cache and whatever goes with it.
+    What `encode` returns is the model's own; the engine hands it back and drops it when the prompt is in its slot.
 
     Attributes:
         stop_ids: tokens that end an answer.
@@ -29,22 +28,42 @@ class CausalModel(Protocol[V_contra, S]):
         """Return the longest sequence, prompt and completion together."""
         ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]], visuals: Sequence[V_contra | None]) -> tuple[Tensor, S]:
-        """Return the logits after each prompt, (B, vocabulary) in the model's dtype, and the state to go on with.
+    def open_slots(self, slot_count: int, capacity_tokens: int) -> None:
+        """Have this many slots, each with room for so many tokens.
 
-        Raises:
-            RecordError: a request of the batch is malformed.
+        As many slots as before keep what they hold; another number of them is empty.
         """
         ...
 
-    def decode(self, state: S, token_ids: Sequence[int]) -> Tensor:
-        """Append one token to each sequence; return the logits after it, (B, vocabulary), and update `state`."""
+    def encode(self, prompts: Sequence[Sequence[int]], visuals: Sequence[V_contra | None]) -> list[Any]:
+        """Return each prompt with its pictures as the model takes it; pictures that are the same object go once.
+
+        Raises:
+            RecordError: a request is malformed.
+        """
         ...
 
-    def keep(self, state: S, rows: Sequence[int]) -> None:
-        """Drop from `state` all sequences but those at `rows`, which stay in this order."""
+    def append_prompt(self, prepared: Sequence[Any], slots: Sequence[int], start: int, count: int) -> Tensor:
+        """Append `count` prompt tokens to slots that hold `start`; return the logits after them, (B, vocabulary)."""
+        ...
+
+    def append_tokens(self, token_ids: Sequence[int], held_tokens: Sequence[int], active: Sequence[bool]) -> Tensor:
+        """Append one token to each active one of the first slots; return the logits after them.
+
+        Args:
+            token_ids: for each of the first slots; any where it is not active.
+            held_tokens: tokens that each holds.
+            active: slots that are not active stay as they are.
+
+        Shapes:
+            result: (len(token_ids), vocabulary) in the model's dtype; rows of slots that are not active mean nothing.
+        """
+        ...
+
+    def move_slot(self, source: int, target: int, held_tokens: int) -> None:
+        """Copy what one slot holds into another."""
         ...
 
     def release_memory(self) -> None:
-        """Give memory that is not in use back to the device, before a smaller batch is tried."""
+        """Give memory that is not in use back to the device, before less is tried."""
         ...

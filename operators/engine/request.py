@@ -51,6 +51,9 @@ class Request(Generic[V]):
         visual: what the model puts in the place of placeholders; the engine does not look at it.
         seed: of this request's own random draws, so that a batch does not change them.
         thought: budget of the thought the prompt has opened; None when it opened none or none is set.
+        rungs: how tokens are chosen when an answer goes round in circles: one further attempt for each.
+        visual_key: requests with equal keys show equal pictures, which are encoded once; None: not shared.
+        expected_tokens: of the answer, where something is known; longer answers are begun first.
     """
 
     prompt_ids: tuple[int, ...]
@@ -58,6 +61,9 @@ class Request(Generic[V]):
     visual: V | None = None
     seed: int = 0
     thought: ThoughtBudget | None = None
+    rungs: tuple[SamplingParams, ...] = ()
+    visual_key: str | None = None
+    expected_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,22 @@ class Completion:
         finish_reason: why it ended.
         mean_logprob: mean log-probability under the model of the generated tokens, the ending one included.
         output_tokens: generated tokens, the ending one included.
-        queue_seconds: time from the call until the request's batch began.
-        batch_seconds: time its batch ran.
-        batch_tokens: tokens that its batch generated.
+        attempt: 1, or more where earlier ones went round in circles.
+        wasted_tokens: that earlier attempts wrote.
+        tokens_saved: that a loop would have written up to the bound.
+        queue_seconds: time from the call until its prompt began.
+        generate_seconds: time from then to its end, shared with all that ran beside it.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     mean_logprob: float
     output_tokens: int
+    attempt: int = 1
+    wasted_tokens: int = 0
+    tokens_saved: int = 0
     queue_seconds: float = field(default=0.0, compare=False)
-    batch_seconds: float = field(default=0.0, compare=False)
-    batch_tokens: int = field(default=0, compare=False)
+    generate_seconds: float = field(default=0.0, compare=False)
 
 
 Outcome = Completion | RecordError
