@@ -1,14 +1,18 @@
 """The model's answer to each prepared record. The only operator that needs a GPU."""
 
 import dataclasses
+import re
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, with_columns
+from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Completion, Outcome, Request, SamplingParams, ThoughtBudget
+from operators.engine.scheduler import SchedulerConfig
 from operators.minicpmv.config import Attention
 from operators.minicpmv.prompt import PromptBuilder
 from operators.minicpmv.visual import Visual
@@ -22,6 +26,11 @@ from schemas.video import SEGMENT_FACTS
 
 MAX_NEW_TOKENS: Final = 2048
 """Where neither the job nor the model says: what the released chat function of the family allows."""
+
+MARKUP: Final = re.compile(r"<[^<>]*>?|^[^<>]*>")
+"""Tags, also those that a pattern cuts at either end."""
+
+WORDS: Final = re.compile(r"\w")
 
 
 class GenerateConfig(OperatorConfig):
@@ -48,10 +57,10 @@ class GenerateConfig(OperatorConfig):
     max_thought_tokens: Annotated[
         int | None, Field(ge=1, description="A longer thought is ended, so that an answer follows; null: no bound.")
     ] = None
-    rows_per_batch: Annotated[int, Field(ge=1, description="Records in one batch; more need more memory.")] = 32
-    max_batch_prompt_tokens: Annotated[
-        int, Field(ge=1, description="Prompt tokens in one batch, padding included; more need more memory.")
-    ] = 65_536
+    scheduler: SchedulerConfig = SchedulerConfig(slot_count=32)
+    repetition: Annotated[
+        RepetitionLimits | None, Field(description="When an answer is ended as going round in circles; null: never.")
+    ] = RepetitionLimits()
 
 
 class Generate(Operator[GenerateConfig]):
@@ -69,9 +78,10 @@ class Generate(Operator[GenerateConfig]):
     def __init__(self, config: GenerateConfig) -> None:
         super().__init__(config)
         # Here and not above: the driver names this class, and only the worker that runs it should pay for torch.
-        from operators.engine.engine import BatchEngine
+        from operators.engine.engine import Engine
+        from operators.engine.shared import SharedEngine
         from operators.minicpmv.device import choose_device, choose_dtype
-        from operators.minicpmv.model import BatchState, MiniCPMV
+        from operators.minicpmv.model import MiniCPMV
 
         self.model_ref: ModelRef = locate_model(
             config.model_folder, config.model_id, config.model_revision, config.weights_kind
@@ -83,10 +93,10 @@ class Generate(Operator[GenerateConfig]):
             dtype=choose_dtype(config.dtype, self.device),
             attention=config.attention,
         )
-        self._engine: BatchEngine[Visual, BatchState] = BatchEngine(
-            self._model, max_rows=config.rows_per_batch, max_prompt_tokens=config.max_batch_prompt_tokens
-        )
         self._text = PromptBuilder(self._model.config)
+        self._engine: SharedEngine[Visual] = SharedEngine(
+            Engine(self._model, config.scheduler, config.repetition, self._may_repeat)
+        )
         self._packs_frames = self._model.config.family.clip_rule == "packed"
         self._sampling = SamplingParams(
             max_new_tokens=config.max_new_tokens or self._model.config.generation.max_new_tokens or MAX_NEW_TOKENS,
@@ -114,7 +124,7 @@ class Generate(Operator[GenerateConfig]):
 
     def close(self) -> None:
         """Give the model's memory back."""
-        self._engine.model.release_memory()
+        self._model.release_memory()
 
     def outcomes(self, table: pa.Table) -> dict[int, Outcome]:
         """Return what became of each row that asks the model, by row: its tokens, or its error."""
@@ -168,7 +178,7 @@ class Generate(Operator[GenerateConfig]):
         answer: dict[str, Any] = dict.fromkeys(GENERATION.names)
         prompt_ids = tuple(table["prompt_ids"][row].as_py())
         answer |= {
-            "attempt": 1,
+            "attempt": outcome.attempt if isinstance(outcome, Completion) else 1,
             "temperature": self.config.temperature,
             "prompt_tokens": len(prompt_ids),
             "engine": self.engine_name,
@@ -180,17 +190,20 @@ class Generate(Operator[GenerateConfig]):
         if not isinstance(outcome, Completion):
             return answer
         thought, completion = self._split(outcome.token_ids, opened=self._opens_thought(prompt_ids))
-        share = outcome.output_tokens / max(outcome.batch_tokens, 1)
         return answer | {
             "completion": completion,
             "thought": thought,
             "finish_reason": outcome.finish_reason,
             "output_tokens": outcome.output_tokens,
-            "tokens_saved": 0,
+            "tokens_saved": outcome.tokens_saved,
             "mean_logprob": outcome.mean_logprob,
             "queue_ms": outcome.queue_seconds * 1000,
-            "generate_ms": outcome.batch_seconds * 1000 * share,
+            "generate_ms": outcome.generate_seconds * 1000,
         }
+
+    def _may_repeat(self, pattern: Sequence[int]) -> bool:
+        """Return whether a pattern of tokens is only markup of tables, rules or leaders, which repeat by nature."""
+        return not WORDS.search(MARKUP.sub("", self._text.decode(pattern)))
 
     def _split(self, token_ids: tuple[int, ...], *, opened: bool) -> tuple[str | None, str]:
         """Return the thought, None when there is none, and the answer."""

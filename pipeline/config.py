@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from operators.decode.clips import DecodeClipsConfig
 from operators.decode.documents import DecodeDocumentsConfig
+from operators.engine.scheduler import SchedulerConfig
 from operators.fetch import FetchConfig
 from operators.generate import GenerateConfig
 from operators.minicpmv.family import Family
@@ -29,9 +30,9 @@ RULES_VERSION = "1"
 """Raised when a change of ours changes rows: how text layers are judged, answers parsed, frames chosen."""
 
 MAX_NEW_TOKENS = 4096
-GPU_BATCH_PROMPT_TOKENS = 65_536
-CPU_BATCH_PROMPT_TOKENS = 12_288
-"""A batch of eight long clips took 3.8 GB in float32 (seen): on a CPU there is nothing to gain from such width."""
+GPU_SCHEDULER = SchedulerConfig(slot_count=64, chunk_tokens=4096, encode_ahead=16)
+CPU_SCHEDULER = SchedulerConfig(slot_count=8, chunk_tokens=1024, encode_ahead=4)
+"""On a CPU there is nothing to gain from width: a batch of eight long clips took 3.8 GB in float32 (seen)."""
 
 BATCH_PIXELS_BYTES = 256 * 2**20
 SECONDS_PER_PICTURE = 0.5
@@ -220,7 +221,7 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "device": "cuda" if reading.uses_gpu else "cpu",
             "dtype": _dtype(spec, reading),
             "max_new_tokens": _max_new_tokens(spec, reading),
-            "max_batch_prompt_tokens": GPU_BATCH_PROMPT_TOKENS if reading.uses_gpu else CPU_BATCH_PROMPT_TOKENS,
+            "scheduler": GPU_SCHEDULER if reading.uses_gpu else CPU_SCHEDULER,
             "temperature": spec.temperature,
         }
     )

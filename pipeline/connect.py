@@ -210,7 +210,12 @@ def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: fl
             batch_format="pyarrow",
             batch_size=first.rows_per_batch,
             zero_copy_batch=True,
-            compute=ActorPoolStrategy(min_size=fewest, max_size=max(fewest, most)),
+            compute=ActorPoolStrategy(
+                min_size=fewest,
+                max_size=max(fewest, most),
+                max_concurrent_calls_per_actor=first.calls_at_once,
+                enable_true_multi_threading=first.calls_at_once > 1,
+            ),
             num_cpus=round(first.cpus * scale, 3),
             num_gpus=first.gpus,
             max_task_retries=TASK_RETRIES,

@@ -35,6 +35,10 @@ SLOW_PROGRESS_SECONDS = 6 * 3600
 """A model of full size on a CPU can take hours over one batch, during which no block moves."""
 
 
+BATCHES_IN_FLIGHT = 2
+"""Batches of a model's worker at once: while the last answers of one are written, the next fills the free slots."""
+
+
 def head_of(kind: str) -> str:
     """Return the head that units of a kind go through."""
     return VIDEO_HEAD if kind == "video" else DOCUMENT_HEAD
@@ -102,5 +106,6 @@ def generate_step(config: FlowConfig) -> list[Step]:
             gpus=config.gpus_per_worker,
             workers=(config.gpu_workers, config.gpu_workers),
             rows_per_batch=config.record_rows,
+            calls_at_once=BATCHES_IN_FLIGHT,
         )
     ]

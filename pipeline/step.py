@@ -29,6 +29,7 @@ class Step:
         rows_per_batch: rows handed to the operator at a time; None leaves batches as they come.
         same_worker: True runs this step in the workers of the step above, so that rows never leave the process.
         memory_bytes: memory a worker is expected to use; 0 leaves it undeclared.
+        calls_at_once: batches that a worker takes at the same time, each in a thread of its own.
     """
 
     operator: type[Operator[Any]]
@@ -39,6 +40,7 @@ class Step:
     rows_per_batch: int | None = None
     same_worker: bool = False
     memory_bytes: int = 0
+    calls_at_once: int = 1
 
     @property
     def name(self) -> str:

@@ -1,0 +1,82 @@
+"""One engine for several callers: batches that arrive while others run fill the slots that these leave free."""
+
+import threading
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from operators.engine.engine import Engine
+from operators.engine.request import Outcome, Request
+
+V = TypeVar("V")
+
+
+class SharedEngine(Generic[V]):
+    """Lets several threads generate at once on one engine.
+
+    One of the waiting threads drives the engine for all; when its own requests have ended it hands over to another. A
+    batch therefore never waits for the slowest request of the batch before it.
+
+    Args:
+        engine: what runs the requests; nobody else may drive it.
+    """
+
+    def __init__(self, engine: Engine[V]) -> None:
+        self.engine = engine
+        self._changed = threading.Condition()
+        self._arrived: list[tuple[int, Sequence[Request[V]]]] = []
+        self._calls = 0
+        self._tickets: dict[int, list[int]] = {}
+        self._ended: dict[int, Outcome] = {}
+        self._is_driven = False
+        self._failure: BaseException | None = None
+
+    def generate(self, requests: Sequence[Request[V]]) -> list[Outcome]:
+        """Return what became of each request, in their order.
+
+        Raises:
+            WorkerLostError: the device does not answer any more; every caller gets it.
+        """
+        with self._changed:
+            call, self._calls = self._calls, self._calls + 1
+            self._arrived.append((call, requests))
+        while True:
+            with self._changed:
+                while self._is_driven and not self._is_done(call) and self._failure is None:
+                    self._changed.wait()
+                if self._failure is not None:
+                    raise self._failure
+                if self._is_done(call):
+                    return [self._ended.pop(ticket) for ticket in self._tickets.pop(call)]
+                self._is_driven = True
+            self._drive(call)
+
+    def _drive(self, call: int) -> None:
+        """Run the engine until this call is done, then let another thread go on."""
+        try:
+            while not self._is_done(call):
+                self._take_arrived()
+                self.engine.step()
+                self._hand_out()
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            with self._changed:
+                self._is_driven = False
+                self._changed.notify_all()
+
+    def _take_arrived(self) -> None:
+        with self._changed:
+            arrived, self._arrived = self._arrived, []
+            for call, requests in arrived:
+                self._tickets[call] = self.engine.submit(requests)
+
+    def _hand_out(self) -> None:
+        ended = self.engine.collect()
+        if ended:
+            with self._changed:
+                self._ended |= ended
+                self._changed.notify_all()
+
+    def _is_done(self, call: int) -> bool:
+        return call in self._tickets and all(ticket in self._ended for ticket in self._tickets[call])
