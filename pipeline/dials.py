@@ -22,8 +22,9 @@ CLIPS_OF_RULE: dict[ClipRule, str] = {
 BYTES_PER_SLICE = 448 * 448 * 3 * 1.1
 
 LARGEST_SEGMENT_PIXELS_BYTES = 768 * 2**20
-"""One row carries a segment. The largest that the recipe of 4.5 makes, 1080 frames, fits; Ray's object store holds a
-few such rows, as by default it is a third of the memory, and the decoder's process twice one (see BoxLimits)."""
+"""One row carries a segment. The largest that the recipe of 4.5 makes, 1080 frames, fits. The decoder's process holds
+such a row twice, 1.5 GB of its 3 GB (measured), and Ray's object store, a third of the memory by default, a few of
+them; rows that it cannot hold go over the disk (seen with 364 MB in a store of 250), which takes longer."""
 
 
 def check_dials(spec: RunSpec, family: Family) -> None:

@@ -28,6 +28,8 @@ class RowContext:
 
     Attributes:
         repro_template: one line with `{source}` and `{part}`, such as `pagereel ocr {source} {part} -o repro`.
+        max_slice_nums: most slices a page.
+        clip_max_slice_nums: most slices a frame of a segment.
     """
 
     run_id: str
@@ -35,6 +37,7 @@ class RowContext:
     repro_template: str
     downsample_mode: str | None = None
     max_slice_nums: int | None = None
+    clip_max_slice_nums: int | None = None
 
 
 def final_status(record: Mapping[str, Any]) -> str:
@@ -188,16 +191,25 @@ def _matching(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]
 
 
 def _outcome(record: Mapping[str, Any], context: RowContext) -> dict[str, Any]:
-    grids = record["slice_grids"]
     return {
         "run_id": context.run_id,
         "created_at": context.created_at,
         "status": final_status(record),
         "downsample_mode": context.downsample_mode,
-        "max_slice_nums": context.max_slice_nums,
-        "slice_count": None if grids is None else sum(grid["rows"] * grid["cols"] for grid in grids),
+        "max_slice_nums": context.clip_max_slice_nums if is_video(record) else context.max_slice_nums,
+        "slice_count": _slice_count(record),
         "ledger_hit": bool(record.get("ledger_hit")),
     }
+
+
+def _slice_count(record: Mapping[str, Any]) -> int | None:
+    """Return the slices of all images but their overviews; in a pack each frame has them."""
+    grids = record["slice_grids"]
+    if grids is None:
+        return None
+    packed = record["packing"] == "3d_resampler"
+    frames = [len(ids) for ids in record["temporal_ids"]] if packed else [1] * len(grids)
+    return sum(int(grid["rows"] * grid["cols"]) * count for grid, count in zip(grids, frames, strict=True))
 
 
 def _answer(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class WriteRecordsConfig(OperatorConfig):
         str, Field(description="One line with {source} and {part} that reproduces a failure.")
     ] = REPRO_TEMPLATE
     downsample_mode: Annotated[str | None, Field(description="Visual token setting, as asked for.")] = None
-    max_slice_nums: Annotated[int | None, Field(ge=1, description="Most slices an image, as asked for.")] = None
+    max_slice_nums: Annotated[int | None, Field(ge=1, description="Most slices a page, as asked for.")] = None
+    clip_max_slice_nums: Annotated[int | None, Field(ge=1, description="Most slices a frame, as asked for.")] = None
     pass_index: Annotated[
         int, Field(ge=0, description="Above 0 these rows replace those of earlier passes over the same run.")
     ] = 0
@@ -124,6 +125,7 @@ class WriteRecords(Operator[WriteRecordsConfig]):
             repro_template=self.config.repro_template,
             downsample_mode=self.config.downsample_mode,
             max_slice_nums=self.config.max_slice_nums,
+            clip_max_slice_nums=self.config.clip_max_slice_nums,
         )
 
 

@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.bench import end_to_end
-
+# Each benchmark is imported by its own command: some run where others' libraries are not installed.
 app = typer.Typer(help="Benchmarks: both sides in one run, one table, one JSON line.", add_completion=False)
 
 Result = Annotated[Path | None, typer.Option("--save", help="Also write the JSON to this file.")]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="tiny, middle or full; tiny and middle by default, on a GPU full as well."),
+]
 
 
 @app.callback()
@@ -28,15 +31,47 @@ def run_end_to_end(
     save: Result = None,
 ) -> None:
     """The whole road on Ray Data against the same operators in a plain loop."""
+    from jobs.bench import end_to_end
+
     given = inputs or [str(end_to_end.SAMPLES)]
     options = [*(option or []), *(["--model", model] if model else ["--engine", "cpu"])]
     result = end_to_end.measure(task, given, options, repeat)
     result["inputs"] = [Path(name).name for name in given]
     result["model"] = model
     end_to_end.print_result(result)
-    if save:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        save.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_result(result, save)
+
+
+@app.command("vision")
+def run_vision(
+    size: Sizes = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed runs a side.")] = 7,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto takes CUDA where it is.")] = "auto",
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="auto: bf16 on CUDA, fp32 on CPU.")] = "auto",
+    crops: Annotated[int | None, typer.Option(min=1, help="Pictures; as many as each size has by default.")] = None,
+    save: Result = None,
+) -> None:
+    """The vision pass: all crops at once, against transformers' pass and against one at a time."""
+    from jobs.bench import vision
+    from operators.minicpmv.device import choose_device, choose_dtype
+
+    chosen = choose_device(device)
+    known = list(vision.SCALES)
+    if not set(size or ()) <= set(known):
+        raise typer.BadParameter(f"there are {', '.join(known)}", param_hint="--size")
+    result = vision.measure(
+        size or known[: 3 if chosen.type == "cuda" else 2], chosen, choose_dtype(dtype, chosen), repeat, crops
+    )
+    vision.print_result(result)
+    save_result(result, save)
+
+
+def save_result(result: dict[str, Any], path: Path | None) -> None:
+    """Write a result where it is asked for."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:

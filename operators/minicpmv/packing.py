@@ -78,8 +78,8 @@ def choose_packing(duration_seconds: float, frame_rate: float, config: PackedCon
         config: wish and budget.
 
     Source:
-        The model card of MiniCPM-V 4.5, recipe for videos. It fails on clips of less than half a frame of its count;
-        here they have one frame.
+        The model card of MiniCPM-V 4.5, recipe for videos. It fails where its count rounds to no frame; such a clip
+        has one here.
     """
     wish, budget = config.fps, config.max_frames
     if wish * int(duration_seconds) <= budget:

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -9,9 +10,11 @@ from operators.minicpmv.config import read_model_config
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.device import choose_device, choose_dtype
 from operators.minicpmv.slicing import SliceConfig
+from operators.minicpmv.tiny import write_tiny_model
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages
 from schemas.errors import ConfigError, ContractError
 from schemas.generation import GENERATION, RECORD
+from tests.operators.rows45 import clip_in_packs
 from tests.operators.rows46 import clip_frames, clip_row, page_pictures, page_row, table_of
 
 FAILED = {"stage": "render", "error_code": "render", "error_category": "backend_failure", "message": "no"}
@@ -130,6 +133,66 @@ def test_a_thought_is_stored_apart_and_its_budget_holds(folder):
     for row in unbounded(records).to_pylist():
         assert row["thought"]
         assert row["completion"] == ""
+
+
+QUERIES = SliceConfig(max_slices=1, query_count=64)
+
+
+@pytest.fixture(scope="module")
+def packing_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny45")
+    write_tiny_model(path, "minicpmv4_5")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed_records(packing_folder):
+    """Two clips of the same frames at other times, the first once more frame by frame, and a page."""
+    clips = PrepareClips(PrepareConfig(model_folder=packing_folder, slicing=QUERIES))
+    images = PrepareImages(PrepareConfig(model_folder=packing_folder, slicing=QUERIES))
+    frames = [np.roll(clip_frames(3)[0], 40 * number, 1) for number in range(5)]
+    ids = ([[0, 2, 4], [6, 8]], [[10, 40, 50], [51, 300]], [[0], [2], [4], [6], [8]])
+    rows = [clips(table_of(clip_in_packs(frames, each, QUERIES))) for each in ids]
+    return pa.concat_tables([*rows, images(table_of(page_row(page_pictures(1)[0])))])
+
+
+def test_clips_in_packs_are_answered_and_seen_in_time(packing_folder, packed_records):
+    generate = Generate(GenerateConfig(model_folder=packing_folder, device="cpu", max_new_tokens=8))
+    rows = generate(packed_records).to_pylist()
+    assert [row["error"] for row in rows] == [None] * 4
+    assert all(row["completion"] is not None for row in rows)
+    assert [row["image_tokens"] for row in rows] == [128, 128, 320, 64]
+    first, later, alone, _ = (row["mean_logprob"] for row in rows)
+    # The same pixels: what differs is what the model was told of their times.
+    assert abs(first - later) > 1e-6
+    assert abs(first - alone) > 1e-6
+
+
+def test_answers_to_packed_clips_do_not_depend_on_the_batch(packing_folder, packed_records):
+    generate = Generate(GenerateConfig(model_folder=packing_folder, device="cpu", max_new_tokens=8))
+    alone = [generate(packed_records.slice(row, 1)).to_pylist()[0] for row in range(packed_records.num_rows)]
+    together = generate(packed_records).to_pylist()
+    assert [row["completion"] for row in alone] == [row["completion"] for row in together]
+    for one, other in zip(alone, together, strict=True):
+        assert one["mean_logprob"] == pytest.approx(other["mean_logprob"], abs=1e-4)
+
+
+def test_a_clip_whose_times_do_not_fit_its_slices_costs_one_row(packing_folder, packed_records):
+    rows = packed_records.to_pylist()
+    rows[0]["temporal_ids"] = [[0, 2], [6, 8]]
+    generate = Generate(GenerateConfig(model_folder=packing_folder, device="cpu", max_new_tokens=2))
+    found = generate(pa.Table.from_pylist(rows, schema=RECORD)).to_pylist()
+    assert "packs of 4 slices for 5 slices" in found[0]["error"]["message"]
+    assert [row["error"] for row in found[1:]] == [None] * 3
+
+
+def test_a_model_without_thoughts_answers_at_once(tmp_path):
+    write_tiny_model(tmp_path, "minicpmv2_6")
+    prepare = PrepareImages(PrepareConfig(model_folder=str(tmp_path), slicing=QUERIES))
+    config = GenerateConfig(model_folder=str(tmp_path), device="cpu", max_new_tokens=8, max_thought_tokens=2)
+    [row] = Generate(config)(prepare(table_of(page_row(page_pictures(1)[0])))).to_pylist()
+    assert (row["error"], row["thought"]) == (None, None)
+    assert row["output_tokens"] > 2
 
 
 def test_a_known_revision_and_kind_are_passed_on(folder, records):

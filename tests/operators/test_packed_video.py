@@ -14,7 +14,7 @@ from operators.decode.segments import decode_segments
 from operators.fetch import sha256_of
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.packing import PackedConfig
-from operators.minicpmv.slicing import SliceConfig, slice_image
+from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.temporal import FramesConfig
 from operators.minicpmv.tiny import write_tiny_model
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages, read_pictures
@@ -22,8 +22,9 @@ from schemas.errors import PrepareError
 from schemas.generation import RECORD
 from schemas.source import UNIT
 from tests.operators.conftest import numbered_frame
+from tests.operators.rows45 import clip_in_packs
 from tests.operators.rows46 import page_pictures, page_row, table_of
-from tests.operators.test_packing import recipe_packs
+from tests.operators.video_recipes import recipe_packs
 
 AT_25 = {"time_base": Fraction(1, 25), "ticks": range(250)}
 QUERIES = SliceConfig(max_slices=1, query_count=64)
@@ -63,6 +64,7 @@ def test_a_packed_segment_carries_its_packs(tmp_path, make_video, number_of):
     assert (item["packing"], item["pack_count"], item["frame_count_sampled"]) == ("3d_resampler", 10, 30)
     assert (item["sampling_policy"], item["target_fps"], item["sampled_fps"]) == ("minicpmv4_5", 5.0, 5.0)
     assert item["slice_grids"] == [{"rows": 0, "cols": 0}] * 10
+    assert item["decoder"] == "decord"
     assert 0 < item["motion_score"] < 1
 
 
@@ -140,6 +142,8 @@ def test_a_minute_at_ten_frames_a_second_costs_the_tokens_of_the_recipe(tmp_path
     assert row["error"] is None
     assert (row["target_fps"], row["sampled_fps"], row["packing"]) == (10.0, 10.0, "3d_resampler")
     assert (row["pack_count"], row["frame_count_sampled"]) == (150, 600)
+    # decord would queue frames faster than they are taken.
+    assert row["decoder"] == "pyav"
     assert [len(ids) for ids in row["temporal_ids"]] == [4] * 150
     assert row["image_tokens"] == 150 * 64
     tokens = read_model_config(Path(folder)).tokens
@@ -151,27 +155,6 @@ def test_a_minute_at_ten_frames_a_second_costs_the_tokens_of_the_recipe(tmp_path
     pictures = read_pictures(table, 0, packed=True)
     assert pictures.slice_packs() == tuple(map(tuple, row["temporal_ids"]))
     assert len(pictures.shapes) == 600
-
-
-def clip_in_packs(frames, ids, slicing, **changes):
-    """A DECODED row of frames in packs of these temporal ids."""
-    sliced = iter([slice_image(frame, slicing) for frame in frames])
-    packs = [[next(sliced) for _ in pack] for pack in ids]
-    pieces = [piece for pack in packs for cell in zip(*(image.slices for image in pack), strict=True) for piece in cell]
-    return {
-        "unit_id": "u",
-        "record_key": "k",
-        "doc_id": "v",
-        "kind": "video",
-        "task": "caption",
-        "segment_index": 0,
-        "pixels": b"".join(np.ascontiguousarray(piece).tobytes() for piece in pieces),
-        "pixel_encoding": "raw",
-        "slice_shapes": [{"height_px": piece.shape[0], "width_px": piece.shape[1]} for piece in pieces],
-        "slice_grids": [pack[0].grid._asdict() for pack in packs],
-        "temporal_ids": ids,
-        "route": "model",
-    } | changes
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Packs of frames (MiniCPM-V 4.5) and frames alone (2.6, 4.0), compared with the published recipes restated."""
 
-import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from operators.minicpmv.family import FAMILIES
 from operators.minicpmv.packing import PackedConfig, choose_packing, in_packs, time_ids, uniform_places
 from operators.minicpmv.temporal import CONFIG_OF_RULE, FramesConfig, StackedConfig, TemporalConfig, Timeline, plan_clip
+from tests.operators.video_recipes import recipe_frames, recipe_packs
 
 RATES = [
     Fraction(30000, 1001), Fraction(24000, 1001), Fraction(60000, 1001), Fraction(25), Fraction(30), Fraction(24),
@@ -17,30 +17,6 @@ RATES = [
     Fraction(1123, 250), Fraction(148, 10), Fraction(120), Fraction(7, 3),
 ]  # fmt: skip
 LENGTHS_SECONDS = [0.7, 1, 2.9, 10, 18, 29.97, 30, 59.9, 60, 61.3, 90, 180.5, 400]
-
-
-def recipe_packs(frame_count, fps, choose_fps, max_frames, max_packing, forced=None):
-    """The recipe for a file, step by step: (frame, id) pairs in packs. None where it divides by zero."""
-    duration = frame_count / fps
-    if choose_fps * int(duration) <= max_frames:
-        packing = 1
-        wanted = round(min(choose_fps, round(fps)) * min(max_frames, duration))
-    else:
-        packing = math.ceil(duration * choose_fps / max_frames)
-        wanted = round(duration * choose_fps)
-        if packing > max_packing:
-            wanted, packing = max_frames * max_packing, max_packing
-    if not wanted:
-        return None
-    if forced:
-        packing = min(forced, max_packing)
-    gap = frame_count / wanted
-    frames = np.array([int(k * gap + gap / 2) for k in range(wanted)])
-    scale = np.arange(0, duration, 0.1)
-    nearest = [scale[np.argmin(np.abs(scale - time))] for time in frames / fps]
-    ids = (np.array(nearest) / 0.1).astype(np.int32).tolist()
-    pairs = list(zip(frames.tolist(), ids, strict=True))
-    return [pairs[start : start + packing] for start in range(0, len(pairs), packing)]
 
 
 def file_of(rate, seconds):
@@ -201,18 +177,6 @@ def test_a_segment_between_frames_of_a_file_has_as_many_frames_as_one_at_them():
     shown = times <= np.array(middles)[:, None] + timeline.tolerance_seconds
     assert [place for place, _ in found] == [int(row.sum()) - 1 for row in shown]
     assert all(abs(number - 10 * middle) <= 1.5 for (_, number), middle in zip(found, middles, strict=True))
-
-
-def recipe_frames(frame_count, fps, max_frames):
-    """The recipe of 2.6 and 4.0 for a file: the frames. None where its step is zero."""
-    step = round(fps)
-    if not step:
-        return None
-    frames = list(range(0, frame_count, step))
-    if len(frames) > max_frames:
-        gap = len(frames) / max_frames
-        frames = [frames[int(k * gap + gap / 2)] for k in range(max_frames)]
-    return frames
 
 
 @pytest.mark.parametrize("rate", RATES, ids=str)

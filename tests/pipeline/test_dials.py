@@ -140,6 +140,7 @@ def test_steps_follow_the_model(folders):
     assert packed.record_rows == 1
     assert packed.videos.max_segment_bytes > 600 * 448 * 448 * 3
     assert packed.write.downsample_mode is None
+    assert (packed.write.max_slice_nums, packed.write.clip_max_slice_nums) == (9, 1)
     assert packed.videos.segment_timeout_seconds > composed(folders["minicpmv4_5"]).videos.segment_timeout_seconds
     stacked = composed(folders["minicpmv4_6"], stack_frames=3)
     assert stacked.videos.temporal == StackedConfig(stack_frames=3)

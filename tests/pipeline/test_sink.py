@@ -61,6 +61,18 @@ def test_a_page_becomes_a_row_with_its_ids(storage: Storage) -> None:
     assert row["created_at"] <= datetime.now(UTC)
 
 
+@pytest.mark.parametrize(
+    ("packing", "temporal_ids", "slice_count"),
+    [("3d_resampler", [[0, 2, 4], [6]], 8), ("stack", [[0], [2, 4]], 4), ("none", [[0], [2]], 4)],
+)
+def test_a_segment_counts_the_slices_of_every_frame(storage, packing, temporal_ids, slice_count):
+    grids = [{"rows": 1, "cols": 2}] * 2
+    [record] = records_of(video_unit(0, [1]), slice_grids=grids, packing=packing, temporal_ids=temporal_ids)
+    sink(storage, max_slice_nums=9, clip_max_slice_nums=2)(records_table([record]))
+    [row] = rows_of(storage, "video_segments")
+    assert (row["slice_count"], row["max_slice_nums"], row["packing"]) == (slice_count, 2, packing)
+
+
 def test_a_summary_row_leaves_for_each_record(storage: Storage) -> None:
     records = [*records_of(document_unit(0, [1, 2])), *records_of(video_unit(1, [0]))]
     summary = sink(storage)(records_table(records))
