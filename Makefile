@@ -2,16 +2,17 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos bench clean
+.PHONY: help demo test check chaos bench serve-env clean
 
 VENV := .venv
 BIN := $(VENV)/bin
+SERVE := .venv-serve
 DEMO := demo-run
 BENCH ?= end_to_end
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## List the targets.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 # Stamps lie inside .venv, so deleting it deletes them.
 $(VENV)/.done-venv:
@@ -67,6 +68,17 @@ chaos: $(VENV)/.done-dev ## Heavy kill-and-resume runs.
 bench: $(VENV)/.done-dev ## A benchmark of jobs/bench: make bench BENCH=end_to_end.
 	$(BIN)/python -m jobs bench $(BENCH)
 
+# transformers wants torchvision to serve pictures, and beside a CPU build of torch its compiled part cannot load: it is
+# kept out of .venv, and tests/endpoint/serve_launcher.py says how it is used all the same.
+$(SERVE)/.done-serve: $(VENV)/.done-venv constraints.txt
+	$(BIN)/python -m venv $(SERVE)
+	$(SERVE)/bin/python -m pip install -c constraints.txt torch transformers pillow numpy fastapi uvicorn openai accelerate
+	$(SERVE)/bin/python -m pip install --no-deps torchvision==0.28.0
+	@touch $@
+
+serve-env: $(SERVE)/.done-serve ## An environment that runs `transformers serve`, for the test of the endpoint engine.
+	@echo "PAGEREEL_SERVE_PYTHON=$(CURDIR)/$(SERVE)/bin/python make test"
+
 clean: ## Delete .venv, demo-run and every cache.
-	rm -rf $(VENV) $(DEMO) build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(SERVE) $(DEMO) build dist .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	find schemas operators pipeline jobs tests -name __pycache__ -prune -exec rm -rf {} +

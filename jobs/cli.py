@@ -119,12 +119,13 @@ def show_run(
 @app.command("doctor")
 def doctor(
     model: Annotated[str | None, typer.Option("--model", help="Also check that this model loads.")] = None,
+    endpoint: Annotated[str | None, typer.Option("--endpoint", help="Also check that this server answers.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: versions, GPU, decoders, memory, the model."""
+    """Check this machine: versions, GPU, decoders, memory, the model, a server."""
     from jobs.doctor import examine, print_report
 
-    report = examine(model)
+    report = examine(model, endpoint)
     print_report(report, as_json=as_json)
     raise typer.Exit(EXIT_DONE if report.healthy else EXIT_CONFIG)
 

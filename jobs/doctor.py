@@ -48,15 +48,17 @@ class Report:
         self.checks.append(Check(name, state, found))
 
 
-def examine(model: str | None) -> Report:
-    """Return what this machine has; loads `model` when one is given."""
+def examine(model: str | None, endpoint: str | None = None) -> Report:
+    """Return what this machine has; loads `model` when one is given, or asks the server at `endpoint` for an answer."""
     report = Report()
     _platform(report)
     _packages(report)
     _gpu(report)
     _decoders(report)
     _disk(report)
-    if model:
+    if endpoint:
+        _endpoint(report, endpoint, model)
+    elif model:
         _model(report, model)
     return report
 
@@ -145,6 +147,20 @@ def _model(report: Report, model: str) -> None:
         report.add("model", "wrong", str(error))
         return
     report.add("model", "ok", f"{found.model_id} ({found.weights_kind}, revision {found.revision[:12]}) loads")
+
+
+def _endpoint(report: Report, endpoint: str, model: str | None) -> None:
+    from operators.endpoint.address import endpoint_url
+    from operators.endpoint.question import Sampling
+    from pipeline.endpoint import server_key, try_server
+
+    try:
+        server = try_server(endpoint_url(endpoint), server_key(), model, Sampling())
+    except ConfigError as error:
+        report.add("endpoint", "wrong", str(error))
+        return
+    told = "tells" if server.gives_logprobs else "does not tell"
+    report.add("endpoint", "ok", f"{server.model_id} answers at {server.url}, and {told} probabilities")
 
 
 def print_report(report: Report, *, as_json: bool) -> None:

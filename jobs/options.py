@@ -24,6 +24,10 @@ GROUPS = {
     ),
     "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
     "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "video_max_slices"),
+    "Server": (
+        "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds", "endpoint_image",
+        "endpoint_jpeg_quality", "endpoint_frame_px",
+    ),
     "Where it runs": ("address", "local", "workers", "gpus", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip

@@ -63,6 +63,8 @@ def print_summary(summary: RunSummary) -> None:
 def _engine(summary: RunSummary) -> str:
     if summary.engine == "cpu":
         return f"CPU engine {summary.model_id} ({summary.engine_reason})"
+    if summary.engine == "endpoint":
+        return f"model {summary.model_id} on a server"
     return f"model {summary.model_id} ({summary.weights_kind})"
 
 

@@ -1,7 +1,6 @@
 """The model's answer to each prepared record. The only operator that needs a GPU."""
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -13,6 +12,7 @@ from operators.base import Operator, OperatorConfig, with_columns
 from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Completion, Outcome, Request, SamplingParams, ThoughtBudget
 from operators.engine.scheduler import SchedulerConfig
+from operators.fillers import is_filler
 from operators.minicpmv.config import Attention
 from operators.minicpmv.prompt import PromptBuilder
 from operators.minicpmv.visual import Visual
@@ -26,11 +26,6 @@ from schemas.video import SEGMENT_FACTS
 
 MAX_NEW_TOKENS: Final = 2048
 """Where neither the job nor the model says: what the released chat function of the family allows."""
-
-MARKUP: Final = re.compile(r"<[^<>]*>?|^[^<>]*>")
-"""Tags, also those that a pattern cuts at either end."""
-
-WORDS: Final = re.compile(r"\w")
 
 
 class GenerateConfig(OperatorConfig):
@@ -203,7 +198,7 @@ class Generate(Operator[GenerateConfig]):
 
     def _may_repeat(self, pattern: Sequence[int]) -> bool:
         """Return whether a pattern of tokens is only markup of tables, rules or leaders, which repeat by nature."""
-        return not WORDS.search(MARKUP.sub("", self._text.decode(pattern)))
+        return is_filler(self._text.decode([*pattern, *pattern]))
 
     def _split(self, token_ids: tuple[int, ...], *, opened: bool) -> tuple[str | None, str]:
         """Return the thought, None when there is none, and the answer."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field
 
-from operators.base import Operator, OperatorConfig, with_columns
+from operators.base import C, Operator, OperatorConfig, with_columns
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_tokens
 from operators.minicpmv.slicing import Size, SliceConfig, slice_image
@@ -96,8 +96,8 @@ class Pictures:
         }
 
 
-class _Prepare(Operator[PrepareConfig]):
-    """What pages and clips have in common: null columns, the prompt, and error rows.
+class Prepare(Operator[C]):
+    """What pages and clips have in common, whoever reads them: null columns, and error rows.
 
     Attributes:
         makes: the columns that `prepare` fills; others stay as they come.
@@ -107,17 +107,6 @@ class _Prepare(Operator[PrepareConfig]):
     adds = RECORD
     replaces = True
     makes: ClassVar[tuple[str, ...]]
-
-    def __init__(self, config: PrepareConfig) -> None:
-        super().__init__(config)
-        self._builder: PromptBuilder | None = None
-        self._model_uses_image_id = True
-        self._packs_frames = False
-        if config.model_folder is not None:
-            model = read_model_config(Path(config.model_folder))
-            self._model_uses_image_id = model.use_image_id
-            self._packs_frames = model.family.clip_rule == "packed"
-            self._builder = PromptBuilder(model)
 
     def process(self, table: pa.Table) -> pa.Table:
         """Return the records of `table`: same rows, same order."""
@@ -145,6 +134,21 @@ class _Prepare(Operator[PrepareConfig]):
             RecordError: this row cannot be prepared.
         """
         raise ContractError(f"{type(self).__name__} does not say how a row is prepared")
+
+
+class _PrepareForModel(Prepare[PrepareConfig]):
+    """What pages and clips have in common that our own engine reads: the prompt in tokens."""
+
+    def __init__(self, config: PrepareConfig) -> None:
+        super().__init__(config)
+        self._builder: PromptBuilder | None = None
+        self._model_uses_image_id = True
+        self._packs_frames = False
+        if config.model_folder is not None:
+            model = read_model_config(Path(config.model_folder))
+            self._model_uses_image_id = model.use_image_id
+            self._packs_frames = model.family.clip_rule == "packed"
+            self._builder = PromptBuilder(model)
 
     def request(self, pictures: Pictures, task: str, kind: str) -> dict[str, Any]:
         """Return the columns of REQUEST for `pictures`.
@@ -179,7 +183,7 @@ class _Prepare(Operator[PrepareConfig]):
         )
 
 
-class PrepareImages(_Prepare):
+class PrepareImages(_PrepareForModel):
     """Slice each page that a model will read and build its prompt; keep whole the pages that the CPU engine reads.
 
     A page that cannot be asked of the model, its prompt being too long, is kept whole beside its error: the CPU engine
@@ -214,7 +218,7 @@ class PrepareImages(_Prepare):
         return pictures.columns() | request
 
 
-class PrepareClips(_Prepare):
+class PrepareClips(_PrepareForModel):
     """Build the prompt of each segment, whose frames already are final slices."""
 
     makes = tuple(REQUEST.names)

@@ -18,9 +18,10 @@ from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, with_columns
 from operators.orientation import has_text_lines
+from operators.picture_files import MEDIA_TYPES, read_picture, split_files
 from operators.reading_order import Box, Group, group_lines
 from operators.text_lines import LineReader, TextLine
-from schemas.errors import GenerationError, error_struct
+from schemas.errors import GenerationError, PrepareError, error_struct
 from schemas.generation import RECORD
 
 MODEL_ID: Final = "rapidocr-onnxruntime/1.4.4 PP-OCRv4"
@@ -145,6 +146,8 @@ def page_image(row: dict[str, Any]) -> NDArray[np.uint8]:
         GenerationError: there are no pixels, not exactly one image, or their size is not what the shapes say.
     """
     shapes = [(shape["height_px"], shape["width_px"], 3) for shape in row["slice_shapes"] or []]
+    if row["pixel_encoding"] in MEDIA_TYPES:
+        return _page_of_files(row, shapes)
     grids = row["slice_grids"] or []
     if row["pixels"] is None or len(grids) != 1 or len(shapes) != 1 + grids[0]["rows"] * grids[0]["cols"]:
         found = f"{len(shapes)} slices of {len(grids)} images"
@@ -162,6 +165,18 @@ def page_image(row: dict[str, Any]) -> NDArray[np.uint8]:
         return slices[0]
     cells = slices[1:]
     return np.concatenate([np.concatenate(cells[n : n + cols], axis=1) for n in range(0, len(cells), cols)])
+
+
+def _page_of_files(row: dict[str, Any], shapes: Sequence[tuple[int, int, int]]) -> NDArray[np.uint8]:
+    """Return the image of a page that was kept as one file for a server."""
+    try:
+        images = [read_picture(file) for file in split_files(row["pixels"] or b"")]
+    except PrepareError as error:
+        raise GenerationError(f"{row['record_key']}: {error}", code="internal") from error
+    if [image.shape for image in images] != list(shapes) or len(images) != 1:
+        found = [image.shape for image in images]
+        raise GenerationError(f"{row['record_key']}: pictures of {found}, the shapes say {shapes}", code="internal")
+    return images[0]
 
 
 def unread_share(lines: Sequence[TextLine], kept: Sequence[TextLine]) -> float:

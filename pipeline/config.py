@@ -8,10 +8,15 @@ from pydantic import BaseModel, ConfigDict
 
 from operators.decode.clips import DecodeClipsConfig
 from operators.decode.documents import DecodeDocumentsConfig
+from operators.endpoint.ask import AskEndpointConfig
+from operators.endpoint.pictures import EncodeConfig
 from operators.engine.scheduler import SchedulerConfig
 from operators.fetch import FetchConfig
 from operators.generate import GenerateConfig
 from operators.minicpmv.family import Family
+from operators.minicpmv.packing import PackedConfig
+from operators.minicpmv.slicing import SliceConfig
+from operators.minicpmv.temporal import FramesConfig, StackedConfig
 from operators.parse.completions import ParseCompletionsConfig
 from operators.prepare import PrepareConfig
 from operators.probe import ProbeConfig
@@ -19,6 +24,8 @@ from operators.prompts import prompt_for
 from operators.read import MODEL_ID, ReadPagesConfig
 from operators.skip import SkipSegmentsConfig
 from pipeline.dials import LARGEST_SEGMENT_PIXELS_BYTES, clip_slicing, page_slicing, segment_bytes, temporal_config
+from pipeline.endpoint import ask_config, frame_sampling, frame_size, picture_settings, sampling_of
+from pipeline.endpoint import segment_bytes as sent_segment_bytes
 from pipeline.reading import Reading
 from pipeline.sink import WriteRecordsConfig
 from pipeline.spec import RunSpec
@@ -34,6 +41,9 @@ GPU_SCHEDULER = SchedulerConfig(slot_count=64, chunk_tokens=4096, encode_ahead=1
 CPU_SCHEDULER = SchedulerConfig(slot_count=8, chunk_tokens=1024, encode_ahead=4)
 """On a CPU there is nothing to gain from width: a batch of eight long clips took 3.8 GB in float32 (seen)."""
 
+MOST_ASKED_ROWS = 32
+"""What is under way is computed again when the server is lost."""
+
 BATCH_PIXELS_BYTES = 256 * 2**20
 
 SECONDS_PER_PICTURE = 0.5
@@ -47,14 +57,16 @@ class FlowConfig(BaseModel):
     """Options of each operator, and the workers a flow may use.
 
     Attributes:
-        generate: None when no model reads.
+        encode: None when no server reads; it takes the place of the two before.
+        generate: None when no model reads here.
+        ask: None when no server reads.
         read: None when the CPU engine is not needed.
         skip_videos: set when no engine of this run reads videos.
         decode_workers: most workers of each head.
         read_workers: most workers of the CPU engine.
         gpu_workers: workers of the generate step.
         gpus_per_worker: 0 when the model runs on the CPU.
-        record_rows: records that one call of the generate step gets.
+        record_rows: records that one call of the step gets in which a model answers.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,7 +77,9 @@ class FlowConfig(BaseModel):
     skip_videos: SkipSegmentsConfig | None
     prepare_pages: PrepareConfig
     prepare_clips: PrepareConfig
+    encode: EncodeConfig | None
     generate: GenerateConfig | None
+    ask: AskEndpointConfig | None
     parse: ParseCompletionsConfig
     read: ReadPagesConfig | None
     write: WriteRecordsConfig
@@ -117,10 +131,14 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
         "prompt": prompt_for(spec.task, "pdf", spec.prompt).sha256,
     }
     segments = shared | {
-        "temporal": temporal_config(spec, _family(reading)).model_dump(),
-        "slicing": clip_slicing(spec, reading.model).model_dump(),
+        "temporal": _temporal(spec, reading).model_dump(),
+        "slicing": _clip_slicing(spec, reading).model_dump(),
         "prompt": prompt_for(spec.task, "video", spec.prompt).sha256,
     }
+    if reading.server:
+        # A server slices pages as it likes; what it is sent is the whole.
+        pages["slicing"] = picture_settings(spec)
+        segments["pictures"] = picture_settings(spec)
     text = canonical_json({"pages": pages, "segments": segments, "segment_seconds": spec.segment_seconds})
     return Settings(
         pages=digest(canonical_json(pages)), segments=digest(canonical_json(segments)), text=text, digest=digest(text)
@@ -153,15 +171,16 @@ def compose(
     settings = planning_settings(spec, reading)
     folder = str(reading.model.folder) if reading.model else None
     family = _family(reading)
-    pages, clips = page_slicing(spec, reading.model), clip_slicing(spec, reading.model)
-    temporal = temporal_config(spec, family)
+    pages, clips = page_slicing(spec, reading.model), _clip_slicing(spec, reading)
+    temporal = _temporal(spec, reading)
     fetch = FetchConfig()
+    decode_params = canonical_json([reading.model_id, reading.model_revision, _decode_params(spec, reading)])
     prepare: dict[str, Any] = {
         "model_folder": folder,
         "use_image_id": spec.use_image_id,
         "thinking": spec.thinking,
         "custom_prompt": spec.prompt,
-        "decode_params": canonical_json([reading.model_id, reading.model_revision, _decode_params(spec, reading)]),
+        "decode_params": decode_params,
     }
     reads_pages = spec.task in ("ocr", "parse") and spec.text_layer != "only"
     gpus = min(gpu_count, spec.gpus) if spec.gpus is not None else gpu_count
@@ -177,7 +196,7 @@ def compose(
             dpi=spec.dpi,
             max_pixels=spec.max_pixels,
             text_layer=spec.text_layer,
-            read_route="model" if reading.model else "cpu",
+            read_route="model" if reading.asks_model else "cpu",
             layout=spec.task == "parse",
             fetch=fetch,
         ),
@@ -188,10 +207,19 @@ def compose(
             segment_timeout_seconds=max(120.0, SECONDS_PER_PICTURE * temporal.most_pictures(spec.segment_seconds)),
             fetch=fetch,
         ),
-        skip_videos=None if reading.model else SkipSegmentsConfig(reason="the CPU engine reads pages, not videos"),
+        skip_videos=None if reading.asks_model else SkipSegmentsConfig(reason="the CPU engine reads pages, not videos"),
         prepare_pages=PrepareConfig(slicing=pages, **prepare),
         prepare_clips=PrepareConfig(slicing=clips, **prepare),
+        encode=EncodeConfig(
+            encoding=spec.endpoint_image,
+            jpeg_quality=spec.endpoint_jpeg_quality,
+            custom_prompt=spec.prompt,
+            decode_params=decode_params,
+        )
+        if reading.server
+        else None,
         generate=_generate(spec, reading) if reading.model else None,
+        ask=ask_config(spec, reading.server) if reading.server else None,
         parse=ParseCompletionsConfig(cpu_fallback=reads_pages),
         read=ReadPagesConfig() if reads_pages else None,
         write=WriteRecordsConfig(
@@ -229,9 +257,17 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
     )
 
 
+def _temporal(spec: RunSpec, reading: Reading) -> StackedConfig | PackedConfig | FramesConfig:
+    return frame_sampling(spec) if reading.server else temporal_config(spec, _family(reading))
+
+
+def _clip_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
+    return frame_size(spec) if reading.server else clip_slicing(spec, reading.model)
+
+
 def _model_identity(reading: Reading) -> list[str | None]:
     """Return what tells one model from another: a local folder may move, the hash of its files stays."""
-    name = reading.model_id if reading.weights_kind == "released" else None
+    name = reading.model_id if reading.weights_kind == "released" or reading.server else None
     return [name, reading.model_revision, reading.weights_kind]
 
 
@@ -246,7 +282,10 @@ def _dtype(spec: RunSpec, reading: Reading) -> str | None:
 def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:
     """Return how many records go to the model together: segments hold tens of MB of pixels each."""
     most = 32 if reading.uses_gpu else 8
-    return max(1, min(most, int(BATCH_PIXELS_BYTES // segment_bytes(spec, _family(reading))))) if has_videos else most
+    if reading.server:
+        most = min(spec.endpoint_concurrency, MOST_ASKED_ROWS)
+    largest = sent_segment_bytes(spec) if reading.server else segment_bytes(spec, _family(reading))
+    return max(1, min(most, int(BATCH_PIXELS_BYTES // largest))) if has_videos else most
 
 
 def _max_new_tokens(spec: RunSpec, reading: Reading) -> int:
@@ -255,6 +294,8 @@ def _max_new_tokens(spec: RunSpec, reading: Reading) -> int:
 
 
 def _decode_params(spec: RunSpec, reading: Reading) -> str:
+    if reading.server:
+        return canonical_json(sampling_of(spec).model_dump(exclude={"logprobs"}))
     if reading.model is None:
         return "{}"
     return canonical_json({"max_new_tokens": _max_new_tokens(spec, reading), "temperature": spec.temperature})

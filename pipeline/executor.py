@@ -10,7 +10,7 @@ from pipeline import local
 from pipeline.metrics import Meter
 from pipeline.spec import RunSpec
 from pipeline.step import Flow
-from schemas.errors import ConfigError, TransientError
+from schemas.errors import ConfigError, ServiceLostError, TransientError
 
 ADDRESS_TIMEOUT_SECONDS = 3.0
 
@@ -134,6 +134,7 @@ class RayExecutor:
 
         Raises:
             ConfigError: a worker cannot be built as the spec wants it.
+            ServiceLostError: a server that rows wait for is gone.
             TransientError: Ray gave up; another attempt over what is still owed may succeed.
         """
         from pipeline import connect
@@ -143,6 +144,8 @@ class RayExecutor:
         except connect.RAY_ERRORS as error:
             cause = connect.root_cause(error)
             name, _, message = cause.partition(": ")
+            if name.rpartition(".")[2] == ServiceLostError.__name__:
+                raise ServiceLostError(message) from error
             if name.rpartition(".")[2] == ConfigError.__name__:
                 # A worker that cannot be built, as for weights that do not load, will not be at the next attempt.
                 raise ConfigError(message) from error

@@ -9,11 +9,16 @@
     units of videos ------ DecodeClips ----- PrepareClips ----'                                   |
                                                                   WriteRecords --- ReadPages -----'
 
-A dash joins steps of one worker; three dashes are a hand-over through the object store.
+A dash joins steps of one worker; three dashes are a hand-over through the object store. Where a server reads, the steps
+before the meeting are `EncodePages` and `EncodeClips`, and `AskEndpoint` stands in the place of `Generate`.
 """
+
+import math
 
 from operators.decode.clips import DecodeClips
 from operators.decode.documents import DecodeDocuments
+from operators.endpoint.ask import AskEndpoint
+from operators.endpoint.pictures import EncodeClips, EncodePages
 from operators.generate import Generate
 from operators.parse.completions import ParseCompletions
 from operators.prepare import PrepareClips, PrepareImages
@@ -32,7 +37,7 @@ HEADS = (DOCUMENT_HEAD, VIDEO_HEAD)
 
 NO_PROGRESS_SECONDS = 3600
 SLOW_PROGRESS_SECONDS = 6 * 3600
-"""A model of full size on a CPU can take hours over one batch, during which no block moves."""
+"""A model of full size on a CPU can take hours over one batch, during which no block moves; so can a busy server."""
 
 
 BATCHES_IN_FLIGHT = 2
@@ -59,7 +64,7 @@ def record_flow(config: FlowConfig) -> Flow:
         heads={DOCUMENT_HEAD: document_head(config), VIDEO_HEAD: video_head(config)},
         trunk=record_trunk(config),
         no_progress_seconds=SLOW_PROGRESS_SECONDS
-        if config.generate and not config.gpus_per_worker
+        if (config.generate and not config.gpus_per_worker) or config.ask
         else NO_PROGRESS_SECONDS,
     )
 
@@ -68,7 +73,9 @@ def document_head(config: FlowConfig) -> list[Step]:
     """Units of PDFs and images to one record a page."""
     return [
         Step(DecodeDocuments, config.documents, workers=(1, config.decode_workers), rows_per_batch=1),
-        Step(PrepareImages, config.prepare_pages, same_worker=True),
+        Step(EncodePages, config.encode, same_worker=True)
+        if config.encode
+        else Step(PrepareImages, config.prepare_pages, same_worker=True),
     ]
 
 
@@ -78,16 +85,19 @@ def video_head(config: FlowConfig) -> list[Step]:
         return [Step(SkipSegments, config.skip_videos, cpus=0.25)]
     return [
         Step(DecodeClips, config.videos, workers=(1, config.decode_workers), rows_per_batch=1),
-        Step(PrepareClips, config.prepare_clips, same_worker=True),
+        Step(EncodeClips, config.encode, same_worker=True)
+        if config.encode
+        else Step(PrepareClips, config.prepare_clips, same_worker=True),
     ]
 
 
 def record_trunk(config: FlowConfig) -> list[Step]:
     """Records to committed rows: the model answers, answers are judged, the CPU engine reads what is left."""
-    judge = Step(ParseCompletions, config.parse, cpus=0.25, same_worker=config.generate is not None)
+    answered = generate_step(config) or ask_step(config)
+    judge = Step(ParseCompletions, config.parse, cpus=0.25, same_worker=bool(answered))
     read = [Step(ReadPages, config.read, workers=(1, config.read_workers), rows_per_batch=4)] if config.read else []
     return [
-        *generate_step(config),
+        *answered,
         judge,
         *read,
         Step(WriteRecords, config.write, cpus=0.25, workers=(1, 2), rows_per_batch=32),
@@ -95,7 +105,7 @@ def record_trunk(config: FlowConfig) -> list[Step]:
 
 
 def generate_step(config: FlowConfig) -> list[Step]:
-    """The only step that needs a GPU; nothing when no model reads."""
+    """The only step that needs a GPU; nothing when no model reads here."""
     if config.generate is None:
         return []
     return [
@@ -107,5 +117,22 @@ def generate_step(config: FlowConfig) -> list[Step]:
             workers=(config.gpu_workers, config.gpu_workers),
             rows_per_batch=config.record_rows,
             calls_at_once=BATCHES_IN_FLIGHT,
+        )
+    ]
+
+
+def ask_step(config: FlowConfig) -> list[Step]:
+    """The step that waits for a server; nothing when none reads. One worker holds all connections."""
+    if config.ask is None:
+        return []
+    batches = math.ceil(config.ask.server.concurrency / config.record_rows)
+    return [
+        Step(
+            AskEndpoint,
+            config.ask,
+            cpus=0.5,
+            rows_per_batch=config.record_rows,
+            # One more than fill the connections, for while the last answers of one come in.
+            calls_at_once=batches + 1,
         )
     ]

@@ -1,4 +1,4 @@
-"""Who reads the pages: the model, or the CPU engine; decided before anything starts, and said aloud."""
+"""Who reads the pages: the model, a server, or the CPU engine; decided before anything starts, and said aloud."""
 
 import glob
 import shutil
@@ -9,6 +9,7 @@ from operators.minicpmv.config import ModelConfig, read_model_config
 from operators.minicpmv.weights import resolve_model
 from operators.read import MODEL_ID
 from pipeline.dials import check_dials
+from pipeline.endpoint import Server, find_server
 from pipeline.spec import RunSpec
 from schemas.errors import ConfigError
 
@@ -20,9 +21,10 @@ class Reading:
     """What answers the records that have no trustworthy text of their own.
 
     Attributes:
-        engine: `torch`, or `cpu`.
+        engine: `torch`, `endpoint`, or `cpu`.
         reason: why it was chosen, for the first line of the run.
-        model: numbers and defaults of the model; None for the CPU engine.
+        model: numbers and defaults of the model; None for the other engines.
+        server: what is asked; None for the other engines.
         model_id, model_revision, weights_kind: which model, and whether its answers mean something.
         uses_gpu: True when a worker takes a GPU.
     """
@@ -30,13 +32,21 @@ class Reading:
     engine: str
     reason: str
     model: ModelConfig | None = None
+    server: Server | None = None
     model_id: str | None = None
     model_revision: str | None = None
     weights_kind: str | None = None
     uses_gpu: bool = False
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether a model answers, here or on a server."""
+        return self.model is not None or self.server is not None
+
     def sentence(self, task: str) -> str:
         """Return the first line of a run."""
+        if self.server is not None:
+            return f"{task} with {self.model_id} at {self.server.url}: {self.reason}"
         if self.model is None:
             return f"{task} with the CPU engine ({MODEL_ID}): {self.reason}"
         where = "GPU" if self.uses_gpu else "CPU"
@@ -48,8 +58,14 @@ def choose_reading(spec: RunSpec) -> Reading:
     """Return who reads, with the model's files looked at.
 
     Raises:
-        ConfigError: no engine can do the task here, the model is not there, or it lacks an option that was given.
+        ConfigError: no engine can do the task here, the model or the server is not there, or it lacks an option that
+            was given.
     """
+    if spec.engine == "endpoint" or (spec.engine == "auto" and spec.endpoint):
+        server = find_server(spec)
+        return Reading(engine="endpoint", reason="an endpoint was given", server=server, model_id=server.model_id)
+    if spec.endpoint:
+        raise ConfigError(f"--engine {spec.engine} asks no server: leave out --endpoint, or --engine")
     has_gpu = spec.address is not None or gpu_is_here()
     if spec.device == "cuda" and not has_gpu:
         raise ConfigError("device cuda was asked for, and no GPU is here: use --device cpu or --engine cpu")

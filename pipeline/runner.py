@@ -25,7 +25,7 @@ from pipeline.spec import RunSpec, make_spec
 from pipeline.storage import Storage
 from pipeline.summary import RunSummary, run_row, summarise
 from pipeline.watch import Watch
-from schemas.errors import CATEGORY_OF_CODE, ConfigError, TransientError
+from schemas.errors import CATEGORY_OF_CODE, ConfigError, ServiceLostError, TransientError
 from schemas.ids import digest
 
 MOST_ATTEMPTS = 3
@@ -215,6 +215,9 @@ class _Run:
             try:
                 self._attempt(units)
                 failure = None
+            except ServiceLostError:
+                # The step that waits for it has waited long enough.
+                raise
             except TransientError as error:
                 failure = error
             ledger.refresh()

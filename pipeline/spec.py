@@ -32,14 +32,18 @@ class RunSpec(BaseModel):
     output: Annotated[str, Field(min_length=1, description="Run folder, local or an fsspec URL; resumes if it exists.")]
 
     engine: Annotated[
-        Literal["auto", "torch", "cpu"],
+        Literal["auto", "torch", "endpoint", "cpu"],
         Field(
-            description="torch runs MiniCPM-V; cpu reads pages with RapidOCR; auto takes torch when a model is named "
-            "or a GPU is there."
+            description="torch runs MiniCPM-V; endpoint asks a server; cpu reads pages with RapidOCR; auto takes "
+            "endpoint when one is given, torch when a model is named or a GPU is there."
         ),
     ] = "auto"
     model: Annotated[
-        str | None, Field(description="Hub id, local folder, or demo (tiny random weights, meaningless text).")
+        str | None,
+        Field(
+            description="Hub id, local folder, or demo (tiny random weights, meaningless text); with --endpoint the "
+            "server's name for it."
+        ),
     ] = None
     revision: Annotated[str | None, Field(description="Revision of a hub model.")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="Where the model runs.")] = "auto"
@@ -122,6 +126,32 @@ class RunSpec(BaseModel):
     ] = None
     temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy: the same answer each time.")] = 0.0
 
+    endpoint: Annotated[
+        str | None,
+        Field(
+            description="A server that speaks OpenAI's chat protocol, such as http://host:8000/v1; its key comes from "
+            "PAGEREEL_ENDPOINT_KEY."
+        ),
+    ] = None
+    endpoint_concurrency: Annotated[
+        int, Field(ge=1, le=1024, description="Requests to the server at the same time.")
+    ] = 16
+    endpoint_timeout_seconds: Annotated[
+        float, Field(gt=0, description="Time for one answer of the server, its waiting in line included.")
+    ] = 600.0
+    endpoint_patience_seconds: Annotated[
+        float, Field(ge=0, description="A run stops when the server has answered nobody for so long.")
+    ] = 180.0
+    endpoint_image: Annotated[
+        Literal["png", "jpeg"],
+        Field(description="How pictures are sent: png loses nothing; jpeg is smaller for photos and frames."),
+    ] = "png"
+    endpoint_jpeg_quality: Annotated[int, Field(ge=1, le=100, description="Of --endpoint-image jpeg.")] = 90
+    endpoint_frame_px: Annotated[
+        int,
+        Field(ge=32, le=4096, description="Larger video frames are reduced to the area of a square of this side."),
+    ] = 448
+
     address: Annotated[str | None, Field(description="A Ray cluster; a Ray of our own when absent.")] = None
     local: Annotated[bool, Field(description="A plain loop in this process instead of Ray: small runs, debugging.")] = (
         False
@@ -147,6 +177,7 @@ class RunSpec(BaseModel):
         return self.model_dump(mode="json", exclude={"password"}) | {
             "password_given": self.password is not None,
             "inputs": [stored_uri(given) for given in self.inputs],
+            "endpoint": None if self.endpoint is None else stored_uri(self.endpoint),
         }
 
     def repro_template(self) -> str:
@@ -158,8 +189,9 @@ class RunSpec(BaseModel):
             and value not in (None, False)
             and value != type(self).model_fields[name].default
         ]
+        server = [f"--endpoint {shlex.quote(stored_uri(self.endpoint))}"] if self.endpoint else []
         password = ["--password ..."] if self.password else []
-        text = " ".join(part.replace("{", "{{").replace("}", "}}") for part in [*options, *password])
+        text = " ".join(part.replace("{", "{{").replace("}", "}}") for part in [*options, *server, *password])
         return f"pagereel {self.task} {{source}} {{part}} -o repro{' ' + text if text else ''}"
 
 
@@ -167,6 +199,7 @@ HOW_ONLY = (
     "pages", "start_seconds", "stop_seconds",
     "address", "local", "workers", "gpus", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
     "output", "password", "limit", "retry_failed", "password_given",
+    "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""
 

@@ -12,6 +12,7 @@ Classes are named by who must act::
     │   ├── GenerationError
     │   └── ParseError
     ├── TransientError         the same call may work later: bounded retry
+    │   └── ServiceLostError   who runs the server that rows wait for: the run stops, the same command resumes
     ├── WorkerLostError        this process is unusable: it is replaced, the batch runs again
     └── ContractError          a programmer: a step broke its declared columns
 """
@@ -166,6 +167,10 @@ class ParseError(RecordError):
 
 class TransientError(PagereelError):
     """The same call may work later."""
+
+
+class ServiceLostError(TransientError):
+    """A server that rows wait for has answered nobody for long: no row is marked, and no further attempt is made."""
 
 
 class WorkerLostError(PagereelError):

@@ -14,6 +14,8 @@ PACKAGES = ("schemas", "operators", "pipeline", "jobs")
 CPU_MODULES = (
     "operators.decode.documents",
     "operators.decode.clips",
+    "operators.endpoint.pictures",
+    "operators.endpoint.ask",
     "operators.prepare",
     "operators.probe",
     "operators.read",

@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from operators.engine.faults import FOREIGN_ERRORS, first_line, is_out_of_memory, raise_if_lost, translate
+from operators.engine.faults import (
+    FAILURES,
+    FOREIGN_ERRORS,
+    first_line,
+    is_out_of_memory,
+    raise_if_lost,
+    survived,
+    translate,
+)
 from operators.engine.protocol import SlotModel
 from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Outcome, Request
+from operators.engine.retreat import Retreat
 from operators.engine.running import Answer
 from operators.engine.sampler import choose_tokens
 from operators.engine.scheduler import Job, Prefill, Scheduler, SchedulerConfig
@@ -78,15 +87,16 @@ class Engine(Generic[V]):
         self._repetition = repetition
         self._is_exempt = is_exempt
         self._scheduler = Scheduler(config)
+        self._retreat = Retreat(config.slot_count, config.slot_count)
+        self._opened_slots = 0
+        self._opened_tokens = 0
         self._answers: dict[int, Answer[V]] = {}
-        self._submitted: dict[int, float] = {}
         self._finished: dict[int, Outcome] = {}
         self._tickets = 0
-        self._capacity_tokens = 0
 
     @property
     def slot_count(self) -> int:
-        """Return how many requests run at once; fewer than configured after memory ran out."""
+        """Return how many requests run at once; fewer than configured for a while after memory ran out."""
         return len(self._scheduler.slots)
 
     def generate(self, requests: Sequence[Request[V]]) -> list[Outcome]:
@@ -96,8 +106,12 @@ class Engine(Generic[V]):
             WorkerLostError: the device does not answer any more.
         """
         tickets = self.submit(requests)
-        while not self._scheduler.is_idle:
-            self.step()
+        try:
+            while not self._scheduler.is_idle:
+                self.step()
+        except BaseException:
+            self._drop(tickets)
+            raise
         return [self._finished.pop(ticket) for ticket in tickets]
 
     def submit(self, requests: Sequence[Request[V]]) -> list[int]:
@@ -108,12 +122,11 @@ class Engine(Generic[V]):
         for request in requests:
             ticket, self._tickets = self._tickets, self._tickets + 1
             tickets.append(ticket)
-            self._submitted[ticket] = now
             room = self.model.max_positions - len(request.prompt_ids)
             if room < 1:
-                self._end(ticket, too_long(request, self.model.max_positions))
+                self._finished[ticket] = too_long(request, self.model.max_positions)
                 continue
-            self._answers[ticket] = Answer(request, room, self._repetition, self._is_exempt)
+            self._answers[ticket] = Answer(request, room, self._repetition, self._is_exempt, submitted_seconds=now)
             jobs.append(Job(ticket, len(request.prompt_ids), request.expected_tokens, request.visual_key))
         self._scheduler.submit(jobs)
         return tickets
@@ -128,23 +141,33 @@ class Engine(Generic[V]):
         for job in [*self._scheduler.running, *self._scheduler.waiting]:
             if job.ticket == ticket:
                 self._answers[ticket].finish_reason = "abort"
-                if job in self._scheduler.waiting:
-                    self._scheduler.waiting.remove(job)
                 self._finish(job)
 
     def step(self) -> None:
-        """Do one iteration: encode and admit what fits, go on with prompts, give each running answer a token."""
-        self._encode()
-        self._admit()
-        room = self.config.chunk_tokens
-        while room > 0 and (part := self._scheduler.next_prefill(room)) is not None:
-            self._prefill(part)
-            room -= part.count * len(part.jobs)
-        self._decode()
+        """Do one iteration: encode and admit what fits, go on with prompts, give each running answer a token.
+
+        Raises:
+            WorkerLostError: the device does not answer any more.
+        """
+        try:
+            self._encode()
+            self._admit()
+            room = self.config.chunk_tokens
+            while (part := self._scheduler.next_prefill(room)) is not None:
+                self._prefill(part)
+                room -= part.count * len(part.jobs)
+            self._decode()
+        except FOREIGN_ERRORS as error:
+            # A device's fault may show in any call after the one that made it.
+            raise_if_lost(error)
+            raise
 
     def _encode(self) -> None:
         jobs = self._scheduler.to_encode()
         if not jobs:
+            return
+        # One that runs alone has all the memory from here on.
+        if jobs[0].alone and not self._open(jobs):
             return
         began = time.perf_counter()
         self._encode_or_halve(jobs)
@@ -159,99 +182,113 @@ class Engine(Generic[V]):
         ]
         try:
             prepared = self.model.encode([answer.request.prompt_ids for answer in answers], visuals)
-        except RecordError as error:
-            if len(jobs) == 1:
-                self._fail(jobs[0], error)
-                return
-        except FOREIGN_ERRORS as error:
-            raise_if_lost(error)
-            if len(jobs) == 1:
-                self._fail(jobs[0], translate(error))
-                return
-            logger.warning("%d requests could not be encoded together: %s", len(jobs), first_line(error))
+        except FAILURES as error:
+            failure = survived(error)
         else:
             for job, answer, made in zip(jobs, answers, prepared, strict=True):
                 answer.prepared, job.encoded = made, True
             self.stats.encoded_requests += len(jobs)
             return
-        # Outside of the handlers: a caught error holds the failed batch's tensors.
         self.model.release_memory()
-        middle = len(jobs) // 2
-        self._encode_or_halve(jobs[:middle])
-        self._encode_or_halve(jobs[middle:])
+        if len(jobs) > 1:
+            logger.warning("%d requests could not be encoded together: %s", len(jobs), first_line(failure))
+            middle = len(jobs) // 2
+            self._encode_or_halve(jobs[:middle])
+            self._encode_or_halve(jobs[middle:])
+        elif is_out_of_memory(failure) and not jobs[0].alone:
+            self._restart(jobs, alone=True)
+        else:
+            self._fail(jobs[0], failure)
 
     def _admit(self) -> None:
+        if self._retreat.is_over_due:
+            # Another number of slots begins empty.
+            if self._scheduler.running:
+                return
+            self._retreat.advance()
+            self._scheduler.resize(self._retreat.count)
         admitted = self._scheduler.admit()
-        if not admitted:
+        if not admitted or not self._open(admitted):
             return
-        wanted = max(job.prompt_tokens + self._answers[job.ticket].max_new_tokens for job in admitted)
-        if wanted > self._capacity_tokens:
-            self._open(wanted)
         now = time.perf_counter()
         for job in admitted:
-            self._answers[job.ticket].began_seconds = now
+            answer = self._answers[job.ticket]
+            answer.began_seconds = now if answer.began_seconds is None else answer.began_seconds
         self.stats.most_running = max(self.stats.most_running, len(self._scheduler.running))
 
-    def _open(self, capacity_tokens: int) -> None:
-        """Give the model slots of this size; grows what there is, and keeps what it holds."""
+    def _open(self, jobs: Sequence[Job]) -> bool:
+        """Have slots that hold these jobs to their ends; return whether memory sufficed."""
+        count = 1 if jobs[0].alone else self.slot_count
+        wanted = max(job.prompt_tokens + self._answers[job.ticket].max_new_tokens for job in jobs)
+        if count == self._opened_slots and wanted <= self._opened_tokens:
+            if not jobs[0].alone or wanted == self._opened_tokens:
+                return True
+            # The room that another one needed may be what this one lacks.
+            self._close()
         try:
-            self.model.open_slots(self.slot_count, capacity_tokens)
+            self.model.open_slots(count, wanted)
         except FOREIGN_ERRORS as error:
-            raise_if_lost(error)
             if not is_out_of_memory(error):
                 raise
-            self._shrink(error)
-            return
-        self._capacity_tokens = capacity_tokens
+            failure = survived(error)
+        else:
+            self._opened_slots, self._opened_tokens = count, wanted
+            return True
+        if count == 1:
+            self._fail(jobs[0], failure)
+            self._close()
+        else:
+            self._shrink(failure)
+        return False
 
     def _prefill(self, part: Prefill) -> None:
         began = time.perf_counter()
         answers = [self._answers[job.ticket] for job in part.jobs]
         slots = [job.slot for job in part.jobs if job.slot is not None]
+        is_done = part.start + part.count == part.jobs[0].prompt_tokens
         try:
             logits = self.model.append_prompt([answer.prepared for answer in answers], slots, part.start, part.count)
-            done = part.start + part.count == part.jobs[0].prompt_tokens
-            chosen = self._choose(answers, logits) if done else []
-        except FOREIGN_ERRORS as error:
-            self._recover(list(part.jobs), error)
+            chosen = self._choose(answers, logits) if is_done else []
+        except FAILURES as error:
+            failure = survived(error)
+        else:
+            self.stats.prefill_tokens += part.count * len(part.jobs)
+            self.stats.prefill_seconds += time.perf_counter() - began
+            for job in part.jobs:
+                job.prefilled += part.count
+            for job, answer, (token, logprob) in zip(part.jobs, answers, chosen, strict=is_done):
+                if answer.is_last_attempt:
+                    answer.prepared = None
+                self._take(job, answer, token, logprob)
             return
-        for job in part.jobs:
-            job.prefilled += part.count
-        self.stats.prefill_tokens += part.count * len(part.jobs)
-        self.stats.prefill_seconds += time.perf_counter() - began
-        for job, answer, (token, logprob) in zip(part.jobs, answers, chosen, strict=False):
-            if not answer.request.rungs:
-                answer.prepared = None
-            self._take(job, answer, token, logprob)
+        self._recover(part.jobs, failure)
 
     def _decode(self) -> None:
+        self._compact()
         jobs = self._scheduler.decoding()
         if not jobs:
             return
         began = time.perf_counter()
-        self._compact()
-        row_count = max(job.slot or 0 for job in jobs) + 1
+        rows = [job.slot for job in jobs if job.slot is not None]
+        row_count = rows[-1] + 1
         tokens, held, active = [0] * row_count, [0] * row_count, [False] * row_count
-        for job in self._scheduler.running:
-            if job.slot is not None and job.slot < row_count:
-                held[job.slot] = job.held_tokens
-        for job in jobs:
-            assert job.slot is not None
-            tokens[job.slot] = self._answers[job.ticket].token_ids[-1]
-            active[job.slot] = True
-        jobs.sort(key=lambda job: job.slot or 0)
-        rows = [job.slot for job in jobs]
+        for slot, other in enumerate(self._scheduler.slots[:row_count]):
+            held[slot] = other.held_tokens if other else 0
         answers = [self._answers[job.ticket] for job in jobs]
+        for slot, answer in zip(rows, answers, strict=True):
+            tokens[slot], active[slot] = answer.token_ids[-1], True
         try:
             logits = self.model.append_tokens(tokens, held, active)
             chosen = self._choose(answers, logits if len(rows) == row_count else logits[rows])
-        except FOREIGN_ERRORS as error:
-            self._recover(jobs, error)
+        except FAILURES as error:
+            failure = survived(error)
+        else:
+            self._count_step(len(jobs), row_count, time.perf_counter() - began)
+            for job, answer, (token, logprob) in zip(jobs, answers, chosen, strict=True):
+                job.generated += 1
+                self._take(job, answer, token, logprob)
             return
-        self._count_step(len(jobs), row_count, time.perf_counter() - began)
-        for job, answer, (token, logprob) in zip(jobs, answers, chosen, strict=True):
-            job.generated += 1
-            self._take(job, answer, token, logprob)
+        self._recover(jobs, failure)
 
     def _count_step(self, job_count: int, row_count: int, seconds: float) -> None:
         self.stats.decode_steps += 1
@@ -281,59 +318,68 @@ class Engine(Generic[V]):
         if answer.finish_reason is None:
             return
         if answer.next_attempt():
-            self._scheduler.requeue(job)
+            self._scheduler.requeue([job])
             return
         self._finish(job)
+        self._retreat.calm_answers += 1
 
     def _finish(self, job: Job) -> None:
-        answer = self._answers[job.ticket]
-        queued = answer.began_seconds - self._submitted[job.ticket] if answer.began_seconds else 0.0
         self._scheduler.release(job)
-        self._end(job.ticket, answer.completion(time.perf_counter(), queued))
+        answer = self._answers.pop(job.ticket)
+        self._finished[job.ticket] = answer.completion(time.perf_counter())
 
-    def _fail(self, job: Job, error: RecordError) -> None:
-        if job in self._scheduler.waiting:
-            self._scheduler.waiting.remove(job)
+    def _fail(self, job: Job, error: Exception) -> None:
         self._scheduler.release(job)
-        self._end(job.ticket, error)
+        del self._answers[job.ticket]
+        self._finished[job.ticket] = translate(error)
 
-    def _end(self, ticket: int, outcome: Outcome) -> None:
-        self._answers.pop(ticket, None)
-        self._submitted.pop(ticket, None)
-        self._finished[ticket] = outcome
+    def _drop(self, tickets: Sequence[int]) -> None:
+        """Forget requests that nobody waits for any more."""
+        gone = set(tickets)
+        for job in [*self._scheduler.running, *self._scheduler.waiting]:
+            if job.ticket in gone:
+                self._scheduler.release(job)
+        for ticket in gone:
+            self._answers.pop(ticket, None)
+            self._finished.pop(ticket, None)
 
-    def _recover(self, jobs: list[Job], error: Exception) -> None:
-        """Put jobs that failed together back into the queue; one that failed by itself gets its error."""
-        raise_if_lost(error)
-        if len(self._scheduler.running) == 1:
-            failure = error if isinstance(error, RecordError) else translate(error)
-            self._fail(jobs[0], failure)
-            self.model.release_memory()
-            return
-        if is_out_of_memory(error) and self.slot_count > 1:
+    def _recover(self, jobs: Sequence[Job], error: Exception) -> None:
+        """Go on after these failed together: with fewer slots, one by one, or without the one that failed by itself."""
+        lacks_memory = is_out_of_memory(error)
+        by_itself = len(self._scheduler.running) == 1
+        if lacks_memory and not by_itself:
             self._shrink(error)
-            return
-        logger.warning("%d requests failed together and run one by one: %s", len(jobs), first_line(error))
-        for job in jobs:
-            self._restart(job, alone=True)
-        self.model.release_memory()
+        elif by_itself and (jobs[0].alone or not lacks_memory):
+            self._fail(jobs[0], error)
+        else:
+            logger.warning("%d requests failed and run one by one: %s", len(jobs), first_line(error))
+            self._restart(jobs, alone=True)
+        if lacks_memory and by_itself:
+            self._close()
 
     def _shrink(self, error: Exception) -> None:
         """Go on with half of the slots; what ran starts again."""
-        count = max(1, self.slot_count // 2)
-        logger.warning("memory ran out at %d slots, going on with %d: %s", self.slot_count, count, first_line(error))
-        for job in reversed(self._scheduler.running):
-            self._restart(job)
-        self._scheduler.resize(count)
-        self._capacity_tokens = 0
+        self._retreat.halve()
+        logger.warning(
+            "memory ran out at %d slots, going on with %d: %s", self.slot_count, self._retreat.count, first_line(error)
+        )
+        self._restart(self._scheduler.running)
+        self._scheduler.resize(self._retreat.count)
+        self._close()
+
+    def _close(self) -> None:
+        """Give the memory of the slots back; they are made anew before the next request runs."""
+        self._opened_slots = self._opened_tokens = 0
+        self.model.close_slots()
         self.model.release_memory()
 
-    def _restart(self, job: Job, *, alone: bool = False) -> None:
-        answer = self._answers[job.ticket]
-        answer.start_over()
-        # The features of its pictures are gone unless further attempts were foreseen.
-        job.encoded = answer.prepared is not None
-        self._scheduler.requeue(job, alone=alone)
+    def _restart(self, jobs: Sequence[Job], *, alone: bool = False) -> None:
+        for job in jobs:
+            answer = self._answers[job.ticket]
+            answer.start_over()
+            # The features of its pictures are gone unless further attempts were foreseen.
+            job.encoded = answer.prepared is not None
+        self._scheduler.requeue(jobs, alone=alone)
 
 
 def too_long(request: Request[Any], max_positions: int) -> RecordError:

@@ -4,13 +4,16 @@ from typing import Final
 
 import torch
 
-from schemas.errors import GenerationError, WorkerLostError
+from schemas.errors import GenerationError, RecordError, WorkerLostError
 
 OUT_OF_MEMORY_TEXTS: Final = ("out of memory", "not enough memory", "can't allocate memory")
 DEVICE_FAULT_TEXTS: Final = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "device-side assert")
 
 FOREIGN_ERRORS: Final = (RuntimeError, ValueError, IndexError, MemoryError)
 """What a model's code may raise for one batch and not for another."""
+
+FAILURES: Final = (RecordError, *FOREIGN_ERRORS)
+"""The same, and what it raises on purpose."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,8 +31,20 @@ def raise_if_lost(error: BaseException) -> None:
         raise WorkerLostError(f"the device failed: {first_line(error)}") from error
 
 
-def translate(error: BaseException) -> GenerationError:
+def survived(error: Exception) -> Exception:
+    """Return `error` without the frames that it came through: they hold the tensors of what failed.
+
+    Raises:
+        WorkerLostError: this process cannot go on.
+    """
+    raise_if_lost(error)
+    return error.with_traceback(None)
+
+
+def translate(error: BaseException) -> RecordError:
     """Return the error row's view of a failure of one request alone."""
+    if isinstance(error, RecordError):
+        return error
     code = "out_of_memory" if is_out_of_memory(error) else "generation"
     failure = GenerationError(
         f"the model failed on this request alone: {first_line(error)}",
@@ -37,7 +52,7 @@ def translate(error: BaseException) -> GenerationError:
         exception_type=type(error).__name__,
         retryable=code == "out_of_memory",
     )
-    failure.__cause__ = error.with_traceback(None)
+    failure.__cause__ = error
     return failure
 
 

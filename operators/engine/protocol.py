@@ -31,8 +31,13 @@ class SlotModel(Protocol[V_contra]):
     def open_slots(self, slot_count: int, capacity_tokens: int) -> None:
         """Have this many slots, each with room for so many tokens.
 
-        As many slots as before keep what they hold; another number of them is empty.
+        As many slots as before keep what they hold, also where memory for more room is lacking; another number of them
+        is empty.
         """
+        ...
+
+    def close_slots(self) -> None:
+        """Have no slots, and give their memory back."""
         ...
 
     def encode(self, prompts: Sequence[Sequence[int]], visuals: Sequence[V_contra | None]) -> list[Any]:

@@ -77,8 +77,8 @@ class Completion:
         output_tokens: generated tokens, the ending one included.
         attempt: 1, or more where earlier ones went round in circles.
         wasted_tokens: that earlier attempts wrote.
-        tokens_saved: that a loop would have written up to the bound.
-        queue_seconds: time from the call until its prompt began.
+        tokens_saved: that the loops of all attempts would have gone on to write up to the bound.
+        queue_seconds: time from the call until it got a slot.
         generate_seconds: time from then to its end, shared with all that ran beside it.
     """
 

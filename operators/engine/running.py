@@ -22,6 +22,9 @@ class Answer(Generic[V]):
         prepared: the model's own form of the prompt; None before it is encoded and after its last use.
         attempt: 1 for the first.
         earlier_tokens: written by earlier attempts.
+        earlier_saved: that the loops of earlier attempts would have written.
+        submitted_seconds: when it came.
+        began_seconds: when it got a slot first; None before.
     """
 
     request: Request[V]
@@ -31,29 +34,32 @@ class Answer(Generic[V]):
     prepared: Any = None
     attempt: int = 1
     earlier_tokens: int = 0
+    earlier_saved: int = 0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     forced: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     thought_is_open: bool = False
-    began_seconds: float = 0.0
+    submitted_seconds: float = 0.0
+    began_seconds: float | None = None
 
     def __post_init__(self) -> None:
         self.start_over()
 
     @property
-    def sampling(self) -> SamplingParams:
-        """Return how tokens are chosen in this attempt."""
-        rungs = (self.request.sampling, *self.request.rungs)
-        return rungs[min(self.attempt, len(rungs)) - 1]
+    def is_last_attempt(self) -> bool:
+        """Return whether a loop in this attempt is final."""
+        return self.attempt > len(self.request.rungs)
 
     @property
-    def max_new_tokens(self) -> int:
-        """Return where the answer ends at the latest."""
-        return min(self.sampling.max_new_tokens, self.room)
+    def tokens_saved(self) -> int:
+        """Return the tokens that a loop would have gone on to write."""
+        return self.max_new_tokens - len(self.token_ids) if self.finish_reason == "repetition" else 0
 
     def start_over(self) -> None:
-        """Forget what this attempt has written."""
+        """Begin this attempt, or begin it again; what it has written before is forgotten."""
+        self.sampling: SamplingParams = (self.request.sampling, *self.request.rungs)[self.attempt - 1]
+        self.max_new_tokens = min(self.sampling.max_new_tokens, self.room)
         self.token_ids, self.logprobs, self.forced = [], [], []
         self.finish_reason = None
         self.thought_is_open = self.request.thought is not None
@@ -62,9 +68,10 @@ class Answer(Generic[V]):
 
     def next_attempt(self) -> bool:
         """Go on to the next way of choosing tokens after a loop; return whether there is one."""
-        if self.finish_reason != "repetition" or self.attempt > len(self.request.rungs):
+        if self.finish_reason != "repetition" or self.is_last_attempt:
             return False
         self.earlier_tokens += len(self.token_ids)
+        self.earlier_saved += self.tokens_saved
         self.attempt += 1
         self.start_over()
         return True
@@ -80,7 +87,7 @@ class Answer(Generic[V]):
             return
         self.token_ids.append(token)
         self._watch_thought(token)
-        if self._watch is not None and self._watch.take(token):
+        if self._watch is not None and self._watch.is_looping(self.token_ids):
             self.finish_reason = "repetition"
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
@@ -95,11 +102,11 @@ class Answer(Generic[V]):
             self.forced = list(budget.forced_ids)
             self.thought_is_open = False
 
-    def completion(self, now_seconds: float, queued_seconds: float) -> Completion:
+    def completion(self, now_seconds: float) -> Completion:
         """Return the finished completion."""
+        began_seconds = now_seconds if self.began_seconds is None else self.began_seconds
         mean = sum(self.logprobs) / len(self.logprobs) if self.logprobs else 0.0
         written = len(self.token_ids) + (self.finish_reason == "stop")
-        saved = self.max_new_tokens - len(self.token_ids) if self.finish_reason == "repetition" else 0
         return Completion(
             tuple(self.token_ids),
             self.finish_reason or "abort",
@@ -107,7 +114,7 @@ class Answer(Generic[V]):
             written,
             attempt=self.attempt,
             wasted_tokens=self.earlier_tokens,
-            tokens_saved=saved,
-            queue_seconds=queued_seconds,
-            generate_seconds=now_seconds - self.began_seconds,
+            tokens_saved=self.earlier_saved + self.tokens_saved,
+            queue_seconds=began_seconds - self.submitted_seconds,
+            generate_seconds=now_seconds - began_seconds,
         )

@@ -20,6 +20,9 @@ class SchedulerConfig(BaseModel):
     encode_ahead: Annotated[
         int, Field(ge=1, description="Requests whose pictures are encoded together, before slots are free for all.")
     ] = 8
+    most_overtaking: Annotated[
+        int, Field(ge=0, description="Later requests that may go before a waiting one, as their answers are longer.")
+    ] = 512
 
 
 @dataclass(eq=False)
@@ -29,13 +32,16 @@ class Job:
     Attributes:
         ticket: its number.
         prompt_tokens: length of its prompt.
+        expected_tokens: of the answer; orders the queue.
+        visual_key: of its pictures, where others may show the same.
         slot: where it runs; None before.
         prefilled: prompt tokens that its slot holds.
         generated: answer tokens that its slot holds.
-        expected_tokens: of the answer; orders the queue.
-        visual_key: of its pictures, where others may show the same.
         alone: it failed in company and runs by itself now.
+        restarted: it ran before, and goes on before those that did not.
         encoded: whether its pictures are.
+        arrived: requests that had arrived with it.
+        admitted: slots that had been given away when it got its own; orders prompts.
     """
 
     ticket: int
@@ -46,7 +52,10 @@ class Job:
     prefilled: int = 0
     generated: int = 0
     alone: bool = False
+    restarted: bool = False
     encoded: bool = False
+    arrived: int = 0
+    admitted: int = 0
 
     @property
     def is_decoding(self) -> bool:
@@ -74,14 +83,15 @@ class Scheduler:
 
     A request takes a slot as soon as one is free and keeps it to its end. Waiting requests come in the order of the
     tokens they are expected to write, most first, so that the last slots to empty do so together; equals come in the
-    order of their arrival, and requests for which nothing is expected are never overtaken by later ones of the same
-    kind. Prompts go before answers, at most `chunk_tokens` of them between two steps of decoding, so neither waits for
-    the other.
+    order of their arrival. One that many later requests have overtaken comes next, whatever is expected of it. Prompts
+    go before answers, at most `chunk_tokens` of them between two steps of decoding, so neither waits for the other.
     """
 
     config: SchedulerConfig
     waiting: deque[Job] = field(default_factory=deque)
     slots: list[Job | None] = field(default_factory=list)
+    arrived: int = 0
+    admitted: int = 0
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.config.slot_count
@@ -96,82 +106,91 @@ class Scheduler:
         """Return whether nothing waits and nothing runs."""
         return not self.waiting and not self.running
 
-    def submit(self, jobs: Iterable[Job]) -> None:
+    def submit(self, jobs: Sequence[Job]) -> None:
         """Put jobs into the queue."""
-        self.waiting = deque(sorted([*self.waiting, *jobs], key=lambda job: (job.alone, -job.expected_tokens)))
+        self.arrived += len(jobs)
+        for job in jobs:
+            job.arrived = self.arrived
+        self._queue(jobs)
 
-    def requeue(self, job: Job, *, alone: bool = False) -> None:
-        """Take a running job back: it starts again before all others, or by itself after them."""
-        self.release(job)
-        job.prefilled = job.generated = 0
-        job.alone = job.alone or alone
-        if job.alone:
-            self.waiting.append(job)
-        else:
-            self.waiting.appendleft(job)
+    def requeue(self, jobs: Iterable[Job], *, alone: bool = False) -> None:
+        """Take running or waiting jobs back: they start again before all others, or each by itself after them."""
+        taken = list(jobs)
+        for job in taken:
+            self.release(job)
+            job.prefilled = job.generated = 0
+            job.restarted = True
+            job.alone = job.alone or alone
+        self._queue(taken)
 
     def release(self, job: Job) -> None:
-        """Free the slot of a job."""
+        """Free the slot of a job, or its place in the queue."""
         if job.slot is not None:
             self.slots[job.slot] = None
             job.slot = None
+        elif job in self.waiting:
+            self.waiting.remove(job)
 
-    def resize(self, slot_count: int) -> list[Job]:
-        """Change the number of slots; return the jobs whose slots are gone, already requeued."""
+    def resize(self, slot_count: int) -> None:
+        """Change the number of slots; jobs whose slots are gone start again."""
         gone = [job for job in self.slots[slot_count:] if job is not None]
-        for job in reversed(gone):
-            self.requeue(job)
+        self.requeue(gone)
         self.slots = (self.slots + [None] * slot_count)[:slot_count]
-        return gone
 
     def admit(self) -> list[Job]:
         """Give free slots to waiting jobs that are encoded; return those that got one."""
         admitted: list[Job] = []
+        if self._runs_alone:
+            return admitted
         for slot, job in enumerate(self.slots):
-            if job is not None or not self.waiting:
+            if job is not None:
                 continue
-            first = self.waiting[0]
-            if not first.encoded or (first.alone and (self.running or admitted)):
+            if not self.waiting or not self.waiting[0].encoded:
                 break
-            if any(other.alone for other in self.running):
+            if self.waiting[0].alone and (admitted or self.running):
                 break
-            first.slot = slot
-            self.slots[slot] = self.waiting.popleft()
+            first = self.waiting.popleft()
+            first.slot, first.admitted, self.admitted = slot, self.admitted, self.admitted + 1
+            self.slots[slot] = first
             admitted.append(first)
+            if first.alone:
+                break
         return admitted
 
     def to_encode(self) -> list[Job]:
-        """Return the jobs to encode next: none while encoded ones wait, or no slot is free."""
+        """Return the jobs to encode next: none while there are encoded ones for all free slots."""
         free = self.slots.count(None)
-        if not free or not self.waiting or self.waiting[0].encoded:
+        if not self.waiting or not free or self._runs_alone:
             return []
         if self.waiting[0].alone:
-            return [self.waiting[0]]
+            return [] if self.running or self.waiting[0].encoded else [self.waiting[0]]
+        encoded = [job for job in self.waiting if job.encoded]
         owed = [job for job in self.waiting if not job.encoded and not job.alone]
-        first = owed[: self.config.encode_ahead]
+        if not owed or (self.waiting[0].encoded and len(encoded) >= free):
+            return []
+        # Longer ones may have come after some were encoded; all that wait encoded stay within the bound together.
+        ahead = len({job.ticket if job.visual_key is None else job.visual_key for job in encoded})
+        first = owed[: max(1, self.config.encode_ahead - ahead)]
         keys = {job.visual_key for job in first} - {None}
         return first + [job for job in owed[len(first) :] if job.visual_key in keys]
 
     def next_prefill(self, room: int) -> Prefill | None:
         """Return the next part of prompts that fits into `room` tokens; None when there is none.
 
-        The job that holds the most goes on first; others whose parts are of the same length join it.
+        A prompt that has begun goes on first. One that fits whole between two steps of decoding is not split: it waits
+        for the next, and a shorter one takes its place. Prompts of equal length go together.
         """
         owed = [job for job in self.running if not job.is_decoding]
-        if not owed or room < 1:
+        owed.sort(key=lambda job: (not job.prefilled, job.admitted))
+        is_whole = room == self.config.chunk_tokens
+        first = next((job for job in owed if job.prefilled or is_whole or job.prompt_tokens <= room), None)
+        if first is None or room < 1:
             return None
-        first = max(owed, key=lambda job: (job.prefilled > 0, -job.ticket))
         count = min(first.prompt_tokens - first.prefilled, room)
-        alike = [
-            job
-            for job in owed
-            if job is not first
-            and job.prefilled == first.prefilled
-            and min(job.prompt_tokens - job.prefilled, room) == count
-        ]
-        # Those that have begun go on alone: joining them would copy what their slots hold.
-        joined = [first, *alike[: room // count - 1]] if first.prefilled == 0 else [first]
-        return Prefill(tuple(sorted(joined, key=lambda job: job.slot or 0)), first.prefilled, count)
+        if count < first.prompt_tokens:
+            return Prefill((first,), first.prefilled, count)
+        alike = [job for job in owed if not job.prefilled and job.prompt_tokens == count][: room // count]
+        return Prefill(tuple(sorted(alike, key=lambda job: job.slot or 0)), 0, count)
 
     def decoding(self) -> list[Job]:
         """Return the jobs that get a token next, by slot."""
@@ -195,7 +214,15 @@ class Scheduler:
         self.slots[slot] = job
         job.slot = slot
 
+    @property
+    def _runs_alone(self) -> bool:
+        return any(job is not None and job.alone for job in self.slots)
 
-def longest(jobs: Sequence[Job]) -> int:
-    """Return the most tokens that any of the jobs holds."""
-    return max((job.held_tokens for job in jobs), default=0)
+    def _queue(self, jobs: Iterable[Job]) -> None:
+        self.waiting = deque(sorted([*self.waiting, *jobs], key=self._rank))
+
+    def _rank(self, job: Job) -> tuple[bool, bool, bool, int, int]:
+        """Return what orders the queue: jobs that were overtaken too often, then those that may run in company."""
+        if self.arrived - job.arrived > self.config.most_overtaking:
+            return (False, False, False, 0, job.ticket)
+        return (True, job.alone, not job.restarted, -job.expected_tokens, job.ticket)

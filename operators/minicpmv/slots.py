@@ -110,12 +110,14 @@ class SlotCache:
         """Make room for sequences of this length, if there is not."""
         if capacity_tokens <= self.capacity_tokens:
             return
-        self.capacity_tokens = -(-capacity_tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+        wanted = -(-capacity_tokens // GROWTH_TOKENS) * GROWTH_TOKENS
         for buffers in (self.keys, self.values):
             for layer, old in list(buffers.items()):
-                fresh = old.new_zeros(*old.shape[:2], self.capacity_tokens, old.shape[3])
+                fresh = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
                 fresh[:, :, : old.shape[2]] = old
                 buffers[layer] = fresh
+        # Last: where memory runs out between two layers, the room is what all of them have.
+        self.capacity_tokens = wanted
 
     def move(self, source: int, target: int, token_count: int) -> None:
         """Copy what one slot holds into another."""

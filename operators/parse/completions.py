@@ -22,7 +22,7 @@ _READS: Final = (
 _CHANGES: Final = ("pixels", "thought", "engine")
 _FINAL_STATUS: Final = {"length": "truncated", "repetition": "repetition"}
 _MODEL_STAGES: Final = ("preprocess", "generate")
-_MODEL_COMPONENTS: Final = ("PrepareImages", "Generate")
+_MODEL_COMPONENTS: Final = ("PrepareImages", "Generate", "EncodePages", "AskEndpoint")
 """Where a defect is caught around these, its stage says nothing."""
 
 _MIN_REPEATS: Final = 8

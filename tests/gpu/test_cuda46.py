@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from operators.engine.scheduler import SchedulerConfig
 from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.demo import write_demo_model
-from operators.minicpmv.model import MiniCPMV46
+from operators.minicpmv.model import MiniCPMV
 from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.visual import Visual
 from operators.prepare import PrepareClips, PrepareConfig, PrepareImages, read_pictures
 from tests.operators.rows46 import clip_frames, clip_row, page_pictures, page_row, table_of
+from tests.operators.slot_driver import SlotDriver
 
 pytestmark = pytest.mark.needs_gpu
 
@@ -56,10 +58,10 @@ def answers(folder, records, **options):
 
 
 def prefill_logits(folder, records, device, dtype):
-    model = MiniCPMV46(folder, device=torch.device(device), dtype=dtype, attention="sdpa")
+    model = MiniCPMV(folder, device=torch.device(device), dtype=dtype, attention="sdpa")
     pictures = [read_pictures(records, row) for row in range(records.num_rows)]
     visuals = [Visual(one.pixels, one.shapes) for one in pictures]
-    logits, _ = model.prefill(records["prompt_ids"].to_pylist(), visuals)
+    logits, _ = SlotDriver(model).prefill(records["prompt_ids"].to_pylist(), visuals)
     return logits.float().cpu()
 
 
@@ -89,8 +91,8 @@ def test_bfloat16_logits_are_near(folder):
 
 def test_float32_answers_on_cuda_do_not_depend_on_the_batch(folder):
     records = page_records(folder, 12)
-    alone = answers(folder, records, device="cuda", dtype="fp32", rows_per_batch=1)
-    batched = answers(folder, records, device="cuda", dtype="fp32", rows_per_batch=12)
+    alone = answers(folder, records, device="cuda", dtype="fp32", scheduler=SchedulerConfig(slot_count=1))
+    batched = answers(folder, records, device="cuda", dtype="fp32", scheduler=SchedulerConfig(slot_count=12))
     assert sum(one == other for one, other in zip(alone, batched, strict=True)) >= len(alone) - 1
 
 

@@ -1,58 +1,17 @@
+import random
+
 import numpy as np
 import pytest
 import torch
 
-from operators.engine.engine import BatchEngine, plan_batches
+from operators.engine.engine import Engine
+from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Completion, Request, SamplingParams, ThoughtBudget
-from operators.engine.sampler import choose_tokens, penalised
+from operators.engine.scheduler import SchedulerConfig
 from schemas.errors import GenerationError, PromptTooLongError, WorkerLostError
+from tests.operators.counting_model import FIRST, LOOP, STOP, VOCABULARY, CountingModel, Picture, out_of_memory
 
-VOCABULARY = 50
-STOP = 49
-
-
-class CountingModel:
-    """Counts up from the last token of the prompt to the stop token; knows each sequence by its own tokens alone."""
-
-    stop_ids = (STOP,)
-    max_positions = 200
-
-    def __init__(self, most_rows=10**6, fault=None):
-        self.most_rows = most_rows
-        self.fault = fault
-        self.batches = []
-        self.decoded_rows = []
-        self.releases = 0
-
-    def prefill(self, prompts, visuals):
-        self.batches.append([list(prompt) for prompt in prompts])
-        if len(prompts) > self.most_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-        for visual in visuals:
-            if visual is not None:
-                raise visual
-        state = [[prompt[-1]] for prompt in prompts]
-        return self._logits(state), state
-
-    def decode(self, state, token_ids):
-        if self.fault is not None:
-            raise self.fault
-        self.decoded_rows.append(len(token_ids))
-        for sequence, token in zip(state, token_ids, strict=True):
-            sequence.append(token)
-        return self._logits(state)
-
-    def keep(self, state, rows):
-        state[:] = [state[row] for row in rows]
-
-    def release_memory(self):
-        self.releases += 1
-
-    def _logits(self, state):
-        logits = torch.zeros(len(state), VOCABULARY)
-        for row, sequence in enumerate(state):
-            logits[row, (sequence[-1] + 1) % VOCABULARY] = 3.0
-        return logits
+LIMITS = RepetitionLimits(min_tokens=24, min_repeats=4, max_period=10, check_tokens=4)
 
 
 def request(*prompt, max_new_tokens=100, **options):
@@ -60,161 +19,493 @@ def request(*prompt, max_new_tokens=100, **options):
     return Request(prompt, SamplingParams(max_new_tokens=max_new_tokens, **sampling), **options)
 
 
-def engine(model, max_rows=8):
-    return BatchEngine(model, max_rows=max_rows, max_prompt_tokens=1000)
+def engine(model, slot_count=8, repetition=None, is_exempt=None, **options):
+    return Engine(model, SchedulerConfig(slot_count=slot_count, **options), repetition, is_exempt)
+
+
+def counted(one):
+    """What the counting model answers to a request without loops."""
+    return tuple(range(one.prompt_ids[-1] + 1, STOP))[: one.sampling.max_new_tokens]
+
+
+def tokens(answers):
+    return [answer.token_ids for answer in answers]
+
+
+class Faults:
+    """Raises errors at the calls that were asked for: `{(call, number): error}`; counts all calls."""
+
+    def __init__(self, errors):
+        self.errors = errors
+        self.calls = {}
+
+    def __call__(self, call, prompts):
+        number = self.calls[call] = self.calls.get(call, 0) + 1
+        if (call, number) in self.errors:
+            raise self.errors[call, number]
 
 
 def test_answers_come_in_the_order_of_the_requests():
-    requests = [request(40), request(1, 2, 3, 44), request(1, 46), request(1, 2, 41)]
-    answers = engine(CountingModel(), max_rows=2).generate(requests)
-    assert [answer.token_ids for answer in answers] == [
-        tuple(range(41, 49)), (45, 46, 47, 48), (47, 48), tuple(range(42, 49)),
-    ]  # fmt: skip
+    requests = [request(50), request(3, 2, 3, 54), request(2, 56), request(3, 2, 51)]
+    answers = engine(CountingModel(), slot_count=2).generate(requests)
+    assert tokens(answers) == [tuple(range(51, 59)), (55, 56, 57, 58), (57, 58), tuple(range(52, 59))]
     assert {answer.finish_reason for answer in answers} == {"stop"}
     assert answers[2].output_tokens == 3
 
 
-def test_similar_lengths_share_a_batch():
-    assert plan_batches({0: 5, 1: 50, 2: 7, 3: 48}, 2, 1000) == [[1, 3], [2, 0]]
-
-
-def test_a_batch_is_bounded_in_padded_tokens():
-    assert plan_batches({0: 60, 1: 50, 2: 40, 3: 700}, 8, 120) == [[3], [0, 1], [2]]
-
-
-def test_an_ended_sequence_leaves_its_batch():
+@pytest.mark.parametrize("slot_count", [1, 2, 5, 64])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 2048])
+def test_answers_do_not_depend_on_slots_or_chunks(slot_count, chunk_tokens):
+    generator = random.Random(slot_count)
+    requests = [request(*[2] * generator.randint(0, 30), generator.randint(2, 57)) for _ in range(50)]
     model = CountingModel()
-    engine(model).generate([request(40), request(46), request(44)])
-    assert model.decoded_rows[:2] == [3, 3]
-    assert model.decoded_rows[-1] == 1
-    assert sum(model.decoded_rows) == 8 + 2 + 4
+    answers = engine(model, slot_count, chunk_tokens=chunk_tokens).generate(requests)
+    assert tokens(answers) == [counted(one) for one in requests]
+    assert max(count * rows for _, count, rows in model.prefills) <= chunk_tokens
 
 
-def test_an_answer_that_is_too_long_ends_with_length():
-    [answer] = engine(CountingModel()).generate([request(3, max_new_tokens=4)])
-    assert answer.token_ids == (4, 5, 6, 7)
-    assert answer.finish_reason == "length"
-    assert answer.output_tokens == 4
+def test_a_slot_takes_the_next_request_when_its_own_ends():
+    model = CountingModel()
+    run = engine(model, slot_count=2)
+    run.generate([request(10), *[request(53)] * 6])
+    # Six answers of five tokens and the stop token go by beside the long one; the last steps have nobody to take in.
+    assert [used for used, _ in model.decoded[:30]] == [2] * 30
+    assert run.stats.most_running == 2
+    assert run.stats.occupancy(2) == 1.0
 
 
-def test_the_models_positions_bound_the_answer():
-    prompt = (3,) * 198
-    [answer] = engine(CountingModel()).generate([request(*prompt)])
-    assert answer.token_ids == (4, 5)
-    assert answer.finish_reason == "length"
-
-
-def test_a_prompt_without_room_is_an_error_of_its_row():
-    answers = engine(CountingModel()).generate([request(*(3,) * 200), request(46)])
-    assert isinstance(answers[0], PromptTooLongError)
-    assert answers[0].stage == "generate"
-    assert answers[1].token_ids == (47, 48)
-
-
-def test_a_batch_without_memory_is_halved():
-    model = CountingModel(most_rows=2)
-    requests = [request(40 + index) for index in range(7)]
-    answers = engine(model).generate(requests)
-    assert [answer.token_ids for answer in answers] == [tuple(range(41 + index, 49)) for index in range(7)]
-    assert [len(batch) for batch in model.batches] == [7, 3, 1, 2, 4, 2, 2]
-    assert model.releases == 3
-
-
-def test_a_request_that_never_fits_is_an_error_of_its_row():
-    [answer] = engine(CountingModel(most_rows=0)).generate([request(40)])
-    assert isinstance(answer, GenerationError)
-    assert answer.code == "out_of_memory"
-    assert answer.retryable
-    assert answer.exception_type == "OutOfMemoryError"
-
-
-@pytest.mark.parametrize("failure", [ValueError("bad shape"), GenerationError("bad row"), IndexError("out of range")])
-def test_one_bad_request_costs_one_row(failure):
-    requests = [request(40), request(41, visual=failure), request(42), request(43)]
-    answers = engine(CountingModel()).generate(requests)
-    assert isinstance(answers[1], GenerationError)
-    assert str(failure) in str(answers[1])
-    assert [answer.token_ids[0] for answer in (answers[0], answers[2], answers[3])] == [41, 43, 44]
-
-
-def test_a_device_fault_loses_the_worker():
-    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    with pytest.raises(WorkerLostError, match="illegal memory access"):
-        engine(CountingModel(fault=fault)).generate([request(40), request(41)])
+def test_slots_at_the_end_are_not_computed_when_few_are_left():
+    model = CountingModel()
+    engine(model, slot_count=8).generate([*[request(55)] * 7, request(30)])
+    assert model.moves == 1
+    assert model.decoded[-1] == (1, 1)
 
 
 def test_no_requests_give_no_answers():
     assert engine(CountingModel()).generate([]) == []
 
 
+def test_an_answer_that_is_too_long_ends_with_length():
+    [answer] = engine(CountingModel()).generate([request(3, max_new_tokens=4)])
+    assert (answer.token_ids, answer.finish_reason, answer.output_tokens) == ((4, 5, 6, 7), "length", 4)
+
+
+def test_an_answer_may_end_with_its_first_token():
+    answers = engine(CountingModel()).generate([request(58), request(3, max_new_tokens=1)])
+    assert [(answer.token_ids, answer.finish_reason) for answer in answers] == [((), "stop"), ((4,), "length")]
+
+
+def test_the_models_positions_bound_the_answer():
+    [answer] = engine(CountingModel()).generate([request(*(3,) * 198)])
+    assert (answer.token_ids, answer.finish_reason) == ((4, 5), "length")
+
+
+def test_a_prompt_without_room_is_an_error_of_its_row():
+    answers = engine(CountingModel()).generate([request(*(3,) * 200), request(56)])
+    assert isinstance(answers[0], PromptTooLongError)
+    assert answers[0].stage == "generate"
+    assert answers[1].token_ids == (57, 58)
+
+
+def test_the_mean_log_probability_is_the_models():
+    [answer] = engine(CountingModel()).generate([request(56)])
+    assert answer.mean_logprob == pytest.approx(3 - np.log(np.exp(3) + VOCABULARY - 1), abs=1e-5)
+
+
+def test_times_are_counted_from_the_call_and_from_the_slot():
+    answers = engine(CountingModel(), slot_count=1).generate([request(30), request(40)])
+    assert 0 <= answers[0].queue_seconds < answers[1].queue_seconds
+    assert answers[1].queue_seconds >= answers[0].generate_seconds > 0
+
+
+def test_a_completion_compares_by_content_not_by_time():
+    one = Completion((1,), "stop", 0.0, 2, queue_seconds=1.0)
+    assert one == Completion((1,), "stop", 0.0, 2, queue_seconds=2.0)
+
+
+def test_an_answer_in_circles_ends_as_soon_as_that_is_certain():
+    requests = [request(LOOP, period, FIRST, max_new_tokens=150) for period in (1, 3, 8)]
+    answers = engine(CountingModel(), repetition=LIMITS).generate(requests)
+    assert {answer.finish_reason for answer in answers} == {"repetition"}
+    # The prompt's own token counts for nothing; looks every 4 tokens.
+    assert [len(answer.token_ids) for answer in answers] == [24, 24, 32]
+    assert [answer.tokens_saved for answer in answers] == [126, 126, 118]
+    [free] = engine(CountingModel()).generate(requests[:1])
+    assert (free.finish_reason, free.output_tokens, free.tokens_saved) == ("length", 150, 0)
+
+
+def test_neighbours_of_a_loop_do_not_notice_it():
+    generator = random.Random(3)
+    normal = [
+        request(
+            *[2] * generator.randint(0, 9), generator.randint(2, 57), temperature=generator.choice((0, 1.5)), seed=n
+        )
+        for n in range(30)
+    ]
+    loops = [request(LOOP, 1 + n % 9, FIRST, max_new_tokens=120) for n in range(15)]
+    mixed = [one for pair in zip(normal[::2], loops, normal[1::2], strict=True) for one in pair]
+    alone = engine(CountingModel(), slot_count=4).generate(normal)
+    together = engine(CountingModel(), slot_count=4, repetition=LIMITS).generate(mixed)
+    ended = [answer for answer, one in zip(together, mixed, strict=True) if one in loops]
+    others = [answer for answer, one in zip(together, mixed, strict=True) if one not in loops]
+    assert {answer.finish_reason for answer in ended} == {"repetition"}
+    assert others == alone
+
+
+def test_a_loop_is_tried_again_with_the_next_rung():
+    rungs = (SamplingParams(max_new_tokens=60), SamplingParams(max_new_tokens=50, temperature=5.0))
+    model = CountingModel()
+    picture = Picture()
+    run = engine(model, slot_count=2, repetition=LIMITS)
+    answers = run.generate([request(LOOP, 3, FIRST, rungs=rungs, seed=4, visual=picture), request(40)])
+    assert answers[0].finish_reason in ("stop", "length")
+    assert answers[0].attempt == 3
+    assert answers[0].wasted_tokens == 48
+    assert answers[0].tokens_saved == 100 - 24 + 60 - 24
+    assert len(set(answers[0].token_ids)) > 6
+    assert answers[1] == engine(CountingModel()).generate([request(40)])[0]
+    # Its pictures were kept for the further attempts.
+    assert sum(model.encodings) == 1
+
+
+def test_a_loop_that_no_rung_breaks_is_the_answer():
+    rungs = (SamplingParams(max_new_tokens=60),)
+    [answer] = engine(CountingModel(), repetition=LIMITS).generate([request(LOOP, 2, FIRST, rungs=rungs)])
+    assert (answer.finish_reason, answer.attempt, answer.wasted_tokens) == ("repetition", 2, 24)
+    assert len(answer.token_ids) == 24
+
+
+def test_an_attempt_draws_numbers_of_its_own():
+    sampling = SamplingParams(max_new_tokens=40, temperature=5.0)
+    [first] = engine(CountingModel()).generate([Request((30,), sampling, seed=7)])
+    rungs = (sampling,)
+    looping = Request((LOOP, 1, FIRST), SamplingParams(max_new_tokens=40), seed=7, rungs=rungs)
+    [second] = engine(CountingModel(), repetition=LIMITS).generate([looping])
+    assert second.attempt == 2
+    assert second.token_ids[:20] != first.token_ids[:20]
+
+
+def test_an_exempt_pattern_may_repeat_longer():
+    seen = []
+
+    def is_exempt(pattern):
+        seen.append(tuple(pattern))
+        return True
+
+    limits = LIMITS.model_copy(update={"exempt_factor": 3})
+    [answer] = engine(CountingModel(), repetition=limits, is_exempt=is_exempt).generate([request(LOOP, 2, FIRST)])
+    assert len(answer.token_ids) == 72
+    assert {tuple(sorted(pattern)) for pattern in seen} == {(FIRST, FIRST + 1)}
+
+
+def test_an_aborted_request_ends_where_it_is():
+    model = CountingModel()
+    run = engine(model, slot_count=1)
+    tickets = run.submit([request(10), request(20), request(30)])
+    for _ in range(5):
+        run.step()
+    run.abort(tickets[0])
+    run.abort(tickets[2])
+    run.abort(tickets[2])
+    assert run.collect().keys() == {tickets[0], tickets[2]}
+    run.abort(tickets[0])
+    ended = {}
+    while not ended:
+        run.step()
+        ended |= run.collect()
+    assert ended[tickets[1]].token_ids == tuple(range(21, STOP))
+
+
+def test_what_was_aborted_holds_what_was_written():
+    run = engine(CountingModel(), slot_count=1)
+    first, second = run.submit([request(10), request(20)])
+    for _ in range(4):
+        run.step()
+    run.abort(first)
+    run.abort(second)
+    ended = run.collect()
+    assert (ended[first].finish_reason, ended[first].token_ids) == ("abort", (11, 12, 13, 14, 15))
+    assert (ended[second].finish_reason, ended[second].token_ids) == ("abort", ())
+    assert ended[second].generate_seconds == 0
+    assert ended[second].queue_seconds > 0
+
+
 def test_a_long_thought_is_ended():
-    budget = ThoughtBudget(max_tokens=3, end_id=30, forced_ids=(30, 45))
+    budget = ThoughtBudget(max_tokens=3, end_id=40, forced_ids=(40, 55))
     [answer] = engine(CountingModel()).generate([request(10, thought=budget)])
-    assert answer.token_ids == (11, 12, 13, 30, 45, 46, 47, 48)
+    assert answer.token_ids == (11, 12, 13, 40, 55, 56, 57, 58)
     assert answer.finish_reason == "stop"
 
 
 def test_a_thought_that_ends_in_time_is_left_alone():
     budget = ThoughtBudget(max_tokens=8, end_id=14, forced_ids=(14,))
     [answer] = engine(CountingModel()).generate([request(10, thought=budget)])
-    assert answer.token_ids == tuple(range(11, 49))
+    assert answer.token_ids == tuple(range(11, STOP))
 
 
-def test_the_mean_log_probability_is_the_models():
-    [answer] = engine(CountingModel()).generate([request(46)])
-    expected = 3 - np.log(np.exp(3) + VOCABULARY - 1)
-    assert answer.mean_logprob == pytest.approx(expected, abs=1e-5)
+def test_forced_tokens_do_not_count_for_the_log_probability():
+    budget = ThoughtBudget(max_tokens=2, end_id=40, forced_ids=(40, 41, 42, 57))
+    [answer] = engine(CountingModel()).generate([request(10, thought=budget)])
+    assert answer.token_ids == (11, 12, 40, 41, 42, 57, 58)
+    assert answer.mean_logprob == pytest.approx(3 - np.log(np.exp(3) + VOCABULARY - 1), abs=1e-5)
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch():
+    requests = [
+        request(5, max_new_tokens=20, temperature=2.0, top_k=n % 3 * 10, top_p=1 - n % 2 * 0.1, seed=n)
+        for n in range(12)
+    ]
+    together = engine(CountingModel()).generate(requests)
+    alone = [engine(CountingModel(), slot_count=1).generate([one])[0] for one in requests]
+    assert tokens(together) == tokens(alone)
+    assert len(set(tokens(together))) > 10
+    assert tokens(engine(CountingModel(), slot_count=3).generate(requests[::-1])) == tokens(alone)[::-1]
+
+
+def test_the_same_pictures_are_encoded_once():
     model = CountingModel()
-    requests = [request(5, max_new_tokens=20, temperature=2.0, seed=seed) for seed in range(6)]
-    together = engine(model).generate(requests)
-    alone = [engine(model, max_rows=1).generate([one])[0] for one in requests]
-    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
-    assert len({answer.token_ids for answer in together}) > 1
+    requests = [request(2 + n, 50, visual=Picture(), visual_key="page" if n % 2 else None) for n in range(8)]
+    answers = engine(model, slot_count=2, encode_ahead=3).generate(requests)
+    assert tokens(answers) == [counted(one) for one in requests]
+    assert sum(model.encodings) == 4 + 1
 
 
-def choose(logits, history=(), draws=None, **options):
-    sampling = SamplingParams(max_new_tokens=1, **options)
-    draw = draws or np.random.default_rng(0)
-    [(token, _)] = choose_tokens(torch.tensor([logits]), [sampling], [history], [draw])
-    return token
-
-
-def test_greedy_takes_the_likeliest():
-    assert choose([0.0, 2.0, 1.0]) == 1
-
-
-def test_top_k_and_top_p_bound_the_choice():
-    draws = np.random.default_rng(0)
-    logits = [5.0, 4.0, 1.0, 0.0]
-    assert {choose(logits, draws=draws, temperature=1.0, top_k=1) for _ in range(50)} == {0}
-    assert {choose(logits, draws=draws, temperature=1.0, top_p=0.9) for _ in range(200)} == {0, 1}
-    assert {choose(logits, draws=draws, temperature=5.0) for _ in range(200)} == {0, 1, 2, 3}
-
-
-def test_sampling_follows_the_distribution():
-    draws = np.random.default_rng(0)
-    tokens = [choose([1.0, 0.0], draws=draws, temperature=1.0) for _ in range(4000)]
-    assert np.mean(tokens) == pytest.approx(1 / (1 + np.e), abs=0.02)
-
-
-def test_a_penalty_makes_used_tokens_less_likely():
-    assert choose([2.0, 1.9, -1.0], history=[0], repetition_penalty=1.2) == 1
-    found = penalised(torch.tensor([2.0, 1.0, -1.0]), [0, 2, 2], 2.0)
-    assert found.tolist() == [1.0, 1.0, -2.0]
-
-
-def test_logprobs_are_of_the_unpenalised_model():
-    logits = torch.tensor([[2.0, 1.9]])
-    [(token, logprob)] = choose_tokens(
-        logits, [SamplingParams(max_new_tokens=1, repetition_penalty=1.5)], [[0]], [np.random.default_rng(0)]
+def test_prepared_prompts_are_dropped_when_they_are_in_their_slots():
+    run = engine(CountingModel(), slot_count=2)
+    run.submit(
+        [request(30, visual=Picture()), request(30, visual=Picture(), rungs=(SamplingParams(max_new_tokens=9),))]
     )
-    assert token == 1
-    assert logprob == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item(), abs=1e-6)
+    run.step()
+    assert [answer.prepared is None for answer in run._answers.values()] == [True, False]
 
 
-def test_a_completion_compares_by_content_not_by_time():
-    one = Completion((1,), "stop", 0.0, 2, queue_seconds=1.0)
-    assert one == Completion((1,), "stop", 0.0, 2, queue_seconds=2.0)
+def test_longer_answers_are_begun_first():
+    run = engine(CountingModel(), slot_count=1)
+    requests = [request(50, expected_tokens=3), request(51, expected_tokens=90), request(52, expected_tokens=10)]
+    first, second, third = run.generate(requests)
+    assert second.queue_seconds < third.queue_seconds < first.queue_seconds
+
+
+def test_slots_have_room_for_the_longest_that_runs():
+    model = CountingModel()
+    engine(model, slot_count=1).generate([request(2, 57, max_new_tokens=5), request(*[2] * 9, 57, max_new_tokens=60)])
+    assert model.openings == [(1, 7), (1, 70)]
+
+
+@pytest.mark.parametrize("call", ["encode", "open_slots", "append_prompt", "append_tokens"])
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_memory_that_runs_out_anywhere_costs_no_request(call, number):
+    faults = Faults({(call, number): out_of_memory()})
+    requests = [request(*[2] * (n % 4), 20 + n, visual=Picture(), max_new_tokens=10 + n) for n in range(23)]
+    run = engine(CountingModel(fault=faults), slot_count=6, encode_ahead=4)
+    assert tokens(run.generate(requests)) == [counted(one) for one in requests]
+    assert faults.calls[call] > number
+
+
+def test_slots_that_do_not_fit_are_halved_until_they_do():
+    model = CountingModel(memory_tokens=150)
+    requests = [request(2, 30 + n, max_new_tokens=40) for n in range(6)]
+    run = engine(model, slot_count=16)
+    assert tokens(run.generate(requests)) == [counted(one) for one in requests]
+    assert model.openings == [(2, 42)]
+    assert run.slot_count == 2
+    assert model.releases > 0
+
+
+def test_slots_come_back_after_some_answers_went_well():
+    model = CountingModel(memory_tokens=400)
+    run = engine(model, slot_count=8)
+    large = request(*[2] * 100, 57, max_new_tokens=90)
+    small = [request(50, max_new_tokens=10) for _ in range(300)]
+    answers = run.generate([*small[:20], large, *small[20:]])
+    assert tokens(answers) == [(51, 52, 53, 54, 55, 56, 57, 58)] * 20 + [(58,)] + [tuple(range(51, 59))] * 280
+    assert (2, 191) in model.openings
+    assert run.slot_count == 8
+    assert run.stats.most_running == 8
+
+
+def test_a_request_that_fits_alone_is_answered_alone():
+    model = CountingModel(memory_tokens=150)
+    run = engine(model, slot_count=4)
+    large, small = request(*[2] * 60, 40, max_new_tokens=80), request(40, max_new_tokens=10)
+    assert tokens(run.generate([small, large, small, small])) == [counted(one) for one in (small, large, small, small)]
+
+
+def test_a_lone_request_gets_the_memory_of_all_slots():
+    model = CountingModel(memory_tokens=8 * 60)
+    # The slots fit, and what a pass needs beside them does not.
+    run = engine(model, slot_count=8)
+    [answer] = run.generate([request(2, 40, max_new_tokens=58)])
+    assert answer.token_ids == tuple(range(41, STOP))
+    assert model.openings == [(8, 60), (1, 60)]
+    assert tokens(run.generate([request(40, max_new_tokens=9)] * 3)) == [tuple(range(41, 50))] * 3
+
+
+def test_a_request_that_never_fits_is_an_error_of_its_row():
+    run = engine(CountingModel(memory_tokens=50), slot_count=4)
+    answers = run.generate(
+        [request(40, max_new_tokens=5), request(40, max_new_tokens=90), request(41, max_new_tokens=5)]
+    )
+    assert isinstance(answers[1], GenerationError)
+    assert (answers[1].code, answers[1].retryable) == ("out_of_memory", True)
+    assert answers[1].exception_type == "OutOfMemoryError"
+    assert [answers[0].token_ids, answers[2].token_ids] == [(41, 42, 43, 44, 45), (42, 43, 44, 45, 46)]
+
+
+def test_pictures_that_never_fit_are_an_error_of_their_row():
+    requests = [request(50, visual=Picture(out_of_memory() if n == 2 else None)) for n in range(5)]
+    answers = engine(CountingModel(), slot_count=2).generate(requests)
+    assert [getattr(answer, "code", None) for answer in answers] == [None, None, "out_of_memory", None, None]
+
+
+def test_pictures_that_fit_when_nothing_else_runs_are_encoded_then():
+    run = None
+
+    def fault(call, prompts):
+        if call == "encode" and (60,) in prompts and (len(run._scheduler.running) or run.model.slot_count > 1):
+            raise out_of_memory()
+
+    model = CountingModel(fault=fault)
+    run = engine(model, slot_count=3)
+    requests = [request(50), request(50), request(60, max_new_tokens=3), request(50)]
+    assert tokens(run.generate(requests)) == [tuple(range(51, 59))] * 2 + [(1, 2, 3)] + [tuple(range(51, 59))]
+
+
+@pytest.mark.parametrize("failure", [ValueError("bad shape"), GenerationError("bad row"), IndexError("out of range")])
+def test_one_bad_picture_costs_one_row(failure):
+    requests = [request(50), request(51, visual=Picture(failure)), request(52), request(53)]
+    answers = engine(CountingModel()).generate(requests)
+    assert isinstance(answers[1], GenerationError)
+    assert str(failure) in str(answers[1])
+    assert [answer.token_ids[0] for answer in (answers[0], answers[2], answers[3])] == [51, 53, 54]
+
+
+@pytest.mark.parametrize("call", ["append_prompt", "append_tokens"])
+@pytest.mark.parametrize("failure", [ValueError("bad shape"), GenerationError("bad row"), RuntimeError("no kernel")])
+def test_one_bad_request_in_a_pass_costs_one_row(call, failure):
+    def fault(name, prompts):
+        if name == call and any(prompt[0] == 7 for prompt in prompts):
+            raise failure
+
+    requests = [request(3, 40 + n) for n in range(5)]
+    requests[2] = request(7, 40)
+    model = CountingModel(fault=fault)
+    answers = engine(model, slot_count=4).generate(requests)
+    assert isinstance(answers[2], GenerationError)
+    assert str(failure) in str(answers[2])
+    assert tokens(answers[:2] + answers[3:]) == [counted(one) for one in requests[:2] + requests[3:]]
+    assert (1, 1) in model.decoded
+
+
+def test_after_running_alone_requests_share_the_slots_again():
+    faults = Faults({("append_tokens", 3): ValueError("once")})
+    model = CountingModel(fault=faults)
+    run = engine(model, slot_count=4)
+    requests = [request(40 + n % 9) for n in range(12)]
+    assert tokens(run.generate(requests)) == [counted(one) for one in requests]
+    before = len(model.decoded)
+    assert tokens(run.generate(requests)) == [counted(one) for one in requests]
+    assert model.decoded[before] == (4, 4)
+
+
+@pytest.mark.parametrize("call", ["encode", "open_slots", "append_prompt", "append_tokens"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"),
+    ],
+)
+def test_a_device_fault_loses_the_worker(call, fault):
+    model = CountingModel(fault=Faults({(call, 1): fault}))
+    with pytest.raises(WorkerLostError, match=str(fault)[:20]):
+        engine(model).generate([request(40), request(41)])
+
+
+def test_after_an_error_that_nobody_expected_nothing_is_left_over():
+    model = CountingModel(fault=Faults({("append_tokens", 3): TypeError("a programmer's mistake")}))
+    run = engine(model, slot_count=2)
+    with pytest.raises(TypeError):
+        run.generate([request(40)] * 5)
+    assert tokens(run.generate([request(50)])) == [counted(request(50))]
+    assert run.stats.decoded_tokens < 30
+
+
+def test_what_was_done_is_counted():
+    run = engine(CountingModel(), slot_count=2)
+    requests = [request(3, 3, 50), request(3, 54, visual=Picture()), request(55)]
+    run.generate(requests)
+    stats = run.stats
+    # Prefill brings the first token of each; stop tokens are tokens here.
+    assert stats.decoded_tokens == 8 + 4 + 3
+    assert stats.prefill_tokens == 6
+    assert stats.encoded_requests == 3
+    assert (stats.decode_steps, stats.decode_rows) == (8, 15)
+    assert (stats.busy_steps, stats.busy_tokens) == (4, 8)
+    assert stats.occupancy(2) == 1.0
+    assert engine(CountingModel()).stats.occupancy(2) is None
+    assert min(stats.encode_seconds, stats.prefill_seconds, stats.decode_seconds) > 0
+
+
+def chaos(generator, count):
+    """Requests of all kinds."""
+    requests = []
+    for number in range(count):
+        kind = generator.random()
+        prompt = [generator.randint(2, 6) for _ in range(generator.randint(0, 40))]
+        prompt = [LOOP, generator.randint(1, 6), FIRST] if kind < 0.1 else [*prompt, generator.randint(7, 57)]
+        picture = Picture(ValueError("bad picture") if kind > 0.95 else None)
+        requests.append(
+            request(
+                *prompt,
+                max_new_tokens=generator.randint(1, 80),
+                temperature=generator.choice((0, 0, 2.0)),
+                seed=number,
+                visual=generator.choice((None, picture)),
+                visual_key=None if picture.error else generator.choice((None, "a", "b")),
+                expected_tokens=generator.choice((0, 10, 100)),
+                rungs=generator.choice(((), (SamplingParams(max_new_tokens=30, temperature=4.0),))),
+            )
+        )
+    return requests
+
+
+def becomes(one, memory_tokens, poisoned):
+    """What a request may become: an answer, or error codes; whichever comes first where it has several faults."""
+    codes = set()
+    # A prompt that is equal to a poisonous one is poison.
+    if one.prompt_ids in poisoned or (one.visual is not None and one.visual.error is not None):
+        codes.add("generation")
+    if len(one.prompt_ids) + one.sampling.max_new_tokens >= memory_tokens:
+        codes.add("out_of_memory")
+    return codes or engine(CountingModel(), slot_count=1, repetition=LIMITS).generate([one])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_fails_each_request_gets_its_own_answer(seed):
+    generator = random.Random(seed)
+    requests = chaos(generator, 30)
+    memory_tokens = generator.choice((90, 130, 300, 1000))
+    poison = {number for number in range(30) if generator.random() < 0.05}
+    poisoned = {requests[number].prompt_ids for number in poison}
+    wanted = [becomes(one, memory_tokens, poisoned) for one in requests]
+
+    def fault(call, prompts):
+        if call != "encode" and any(prompt[: len(bad)] == bad for prompt in prompts for bad in poisoned):
+            raise ValueError("poison")
+        if len(prompts) > 1 and generator.random() < 0.01:
+            raise generator.choice((out_of_memory(), RuntimeError("by chance"), MemoryError()))
+
+    model = CountingModel(memory_tokens, fault)
+    run = engine(
+        model,
+        generator.choice((1, 2, 5, 12)),
+        LIMITS,
+        chunk_tokens=generator.choice((3, 30, 500)),
+        encode_ahead=generator.randint(1, 8),
+    )
+    answers = run.generate(requests[:20]) + run.generate(requests[20:])
+    for answer, right in zip(answers, wanted, strict=True):
+        assert getattr(answer, "code", answer) in right
+    assert not run._answers
+    assert not run.collect()

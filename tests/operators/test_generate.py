@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from operators.engine.scheduler import SchedulerConfig
 from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.demo import write_demo_model
@@ -87,7 +88,9 @@ def test_a_missing_column_breaks_the_contract(generate, records):
 def test_answers_do_not_depend_on_the_batch(folder, generate, records):
     whole = answers(generate(records))
     assert answers(pa.concat_tables([generate(records.slice(0, 2)), generate(records.slice(2))])) == whole
-    small = Generate(GenerateConfig(model_folder=folder, device="cpu", max_new_tokens=24, rows_per_batch=1))
+    small = Generate(
+        GenerateConfig(model_folder=folder, device="cpu", max_new_tokens=24, scheduler=SchedulerConfig(slot_count=1))
+    )
     assert answers(small(records)) == whole
 
 

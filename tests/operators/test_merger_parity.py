@@ -14,11 +14,15 @@ from operators.minicpmv.tiny import write_tiny_model
 from operators.minicpmv.visual import Visual
 from tests.operators.random_prompts import random_prompts
 from tests.operators.reference_mergers import CLASSES, Reference
+from tests.operators.slot_driver import SlotDriver
 
 PROMPTS_EACH = int(os.environ.get("PAGEREEL_PARITY_PROMPTS", "40"))
 """Random prompts for each member."""
 
 ROWS_AT_ONCE = 8
+CHUNK_TOKENS = 100
+"""Prompts go in parts of no round size, so that most of them are cut inside a picture."""
+
 MAX_NEW_TOKENS = 24
 LARGEST_DIFFERENCE = 1e-4
 
@@ -86,7 +90,8 @@ def our_answers(model, prompts, visuals):
     """Generated ids of each sequence of a batch, and the logits that chose them; finished sequences leave the batch."""
     answers = [([], []) for _ in prompts]
     running = list(range(len(prompts)))
-    logits, state = model.prefill(prompts, visuals)
+    driver = SlotDriver(model, slot_count=len(prompts) + 1, chunk_tokens=CHUNK_TOKENS, seed=len(prompts[0]))
+    logits, state = driver.prefill(prompts, visuals)
     while running:
         chosen = logits.argmax(dim=-1).tolist()
         for row, token, scores in zip(running, chosen, logits, strict=True):
@@ -98,10 +103,10 @@ def our_answers(model, prompts, visuals):
             if chosen[place] not in model.stop_ids and len(answers[row][0]) < MAX_NEW_TOKENS
         ]
         if 0 < len(places) < len(running):
-            model.keep(state, places)
+            driver.keep(state, places)
         running = [running[place] for place in places]
         if running:
-            logits = model.decode(state, [chosen[place] for place in places])
+            logits = driver.decode(state, [chosen[place] for place in places])
     return [(ids, torch.stack(scores)) for ids, scores in answers]
 
 

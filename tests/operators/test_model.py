@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import MiniCPMV4_6ForConditionalGeneration
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from operators.engine.engine import BatchEngine
+from operators.engine.engine import Engine
 from operators.engine.request import Request, SamplingParams
+from operators.engine.scheduler import SchedulerConfig
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.model import MiniCPMV
 from operators.minicpmv.patches import PackedPatches, merge_order, pack_patches
@@ -13,6 +15,7 @@ from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_token
 from operators.minicpmv.slicing import Size, SliceConfig, slice_image
 from operators.minicpmv.visual import Visual
 from schemas.errors import ConfigError, ContractError, GenerationError
+from tests.operators.slot_driver import SlotDriver
 
 SIZES = ((700, 1000), (300, 220), (120, 900), (448, 448), (900, 640))
 
@@ -66,6 +69,14 @@ def mixed_requests(builder):
     return requests
 
 
+def answers_of(model, requests, slot_count=8, **options):
+    return Engine(model, SchedulerConfig(slot_count=slot_count, **options)).generate(requests)
+
+
+def parts_of(requests):
+    return [request.prompt_ids for request in requests], [request.visual for request in requests]
+
+
 def processed(folder, images, mode):
     """Return what the released processor makes of `images`."""
     processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(folder)
@@ -111,9 +122,9 @@ def test_pixels_that_are_too_few_are_refused():
 
 def test_greedy_answers_do_not_depend_on_the_batch(model, builder):
     requests = mixed_requests(builder)
-    alone = BatchEngine(model, max_rows=1, max_prompt_tokens=10**6).generate(requests)
-    for max_rows in (2, 5, 32):
-        batched = BatchEngine(model, max_rows=max_rows, max_prompt_tokens=10**6).generate(requests)
+    alone = answers_of(model, requests, slot_count=1)
+    for slot_count, chunk_tokens in ((2, 2048), (5, 100), (32, 65)):
+        batched = answers_of(model, requests, slot_count, chunk_tokens=chunk_tokens)
         assert [answer.token_ids for answer in batched] == [answer.token_ids for answer in alone]
         for one, other in zip(batched, alone, strict=True):
             assert one.finish_reason == other.finish_reason
@@ -122,19 +133,20 @@ def test_greedy_answers_do_not_depend_on_the_batch(model, builder):
 
 
 def test_answers_end_early_and_at_varied_lengths(model, builder):
-    answers = BatchEngine(model, max_rows=32, max_prompt_tokens=10**6).generate(mixed_requests(builder))
+    answers = answers_of(model, mixed_requests(builder))
     assert {answer.finish_reason for answer in answers} >= {"stop"}
     assert len({answer.output_tokens for answer in answers}) > 3
 
 
 def test_logits_equal_those_of_the_whole_network(folder, model, builder):
     requests = mixed_requests(builder)[:5]
-    logits, _ = model.prefill([request.prompt_ids for request in requests], [request.visual for request in requests])
+    logits, _ = SlotDriver(model).prefill(*parts_of(requests))
+    whole_network = MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     for row, request in enumerate(requests):
         mode = "16x" if row % 2 == 0 else "4x"
         inputs = processed(folder, [picture(*SIZES[row // 2], row // 2)], mode)
         with torch.inference_mode():
-            whole = model.network.whole(
+            whole = whole_network(
                 input_ids=torch.tensor([request.prompt_ids]),
                 pixel_values=inputs["pixel_values"],
                 target_sizes=inputs["target_sizes"],
@@ -144,39 +156,37 @@ def test_logits_equal_those_of_the_whole_network(folder, model, builder):
 
 
 def test_encoding_in_chunks_changes_nothing(model, builder, monkeypatch):
-    requests = mixed_requests(builder)
-    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
-    at_once, _ = model.prefill(prompts, visuals)
+    prompts, visuals = parts_of(mixed_requests(builder))
+    at_once, _ = SlotDriver(model).prefill(prompts, visuals)
     monkeypatch.setattr(model.encoder, "patches_per_call", 1500)
-    in_chunks, _ = model.prefill(prompts, visuals)
+    in_chunks, _ = SlotDriver(model).prefill(prompts, visuals)
     torch.testing.assert_close(in_chunks, at_once, atol=2e-5, rtol=1e-4)
 
 
 def test_eager_attention_gives_the_same_answers(folder, model, builder):
     eager = MiniCPMV(folder, device=torch.device("cpu"), dtype=torch.float32, attention="eager")
     requests = mixed_requests(builder)[:4]
-    answers = [BatchEngine(one, max_rows=4, max_prompt_tokens=10**6).generate(requests) for one in (model, eager)]
+    answers = [answers_of(one, requests, slot_count=4) for one in (model, eager)]
     assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
 
 
 def test_dropping_sequences_keeps_the_others(model, builder):
-    requests = mixed_requests(builder)[:4]
-    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
-    _, whole = model.prefill(prompts, visuals)
-    _, part = model.prefill(prompts, visuals)
-    model.keep(part, [1, 3])
+    prompts, visuals = parts_of(mixed_requests(builder)[:4])
+    driver = SlotDriver(model)
+    _, whole = driver.prefill(prompts, visuals)
+    _, part = driver.prefill(prompts, visuals)
+    driver.keep(part, [1, 3])
     for token in (65, 66, 67):
-        all_logits = model.decode(whole, [token] * 4)
-        some_logits = model.decode(part, [token] * 2)
+        all_logits = driver.decode(whole, [token] * 4)
+        some_logits = driver.decode(part, [token] * 2)
         torch.testing.assert_close(some_logits, all_logits[[1, 3]], atol=2e-5, rtol=1e-4)
 
 
 def test_bfloat16_runs_close_to_float32(folder, model, builder):
     half = MiniCPMV(folder, device=torch.device("cpu"), dtype=torch.bfloat16, attention="sdpa")
-    requests = mixed_requests(builder)[:4]
-    prompts, visuals = [request.prompt_ids for request in requests], [request.visual for request in requests]
-    wanted, _ = model.prefill(prompts, visuals)
-    found, _ = half.prefill(prompts, visuals)
+    prompts, visuals = parts_of(mixed_requests(builder)[:4])
+    wanted, _ = SlotDriver(model).prefill(prompts, visuals)
+    found, _ = SlotDriver(half).prefill(prompts, visuals)
     assert found.dtype == torch.bfloat16
     assert (found.float() - wanted).abs().max() < 0.15 * wanted.abs().max()
 
@@ -185,7 +195,7 @@ def test_placeholders_that_fit_no_mode_fail_their_request_alone(model, builder):
     good = request_of(builder, [picture(300, 220)], SliceConfig())
     bad = Request((*good.prompt_ids, model.config.tokens.image_pad), good.sampling, good.visual)
     lost = Request(good.prompt_ids, good.sampling, None)
-    answers = BatchEngine(model, max_rows=8, max_prompt_tokens=10**6).generate([good, bad, lost, good])
+    answers = answers_of(model, [good, bad, lost, good])
     assert answers[0] == answers[3]
     assert isinstance(answers[1], GenerationError)
     assert isinstance(answers[2], GenerationError)

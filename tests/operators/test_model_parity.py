@@ -7,6 +7,7 @@ import pyarrow as pa
 import pymupdf
 import pytest
 
+from operators.engine.scheduler import SchedulerConfig
 from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.slicing import SliceConfig
@@ -34,7 +35,11 @@ def reference(folder):
 @pytest.fixture(scope="module")
 def generate(folder):
     config = GenerateConfig(
-        model_folder=str(folder), device="cpu", dtype="fp32", max_new_tokens=MAX_NEW_TOKENS, rows_per_batch=8
+        model_folder=str(folder),
+        device="cpu",
+        dtype="fp32",
+        max_new_tokens=MAX_NEW_TOKENS,
+        scheduler=SchedulerConfig(slot_count=8),
     )
     return Generate(config)
 

@@ -18,8 +18,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from operators.engine.engine import BatchEngine
+from operators.engine.engine import Engine
 from operators.engine.request import Request, SamplingParams
+from operators.engine.scheduler import SchedulerConfig
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.family import FAMILIES
 from operators.minicpmv.model import MiniCPMV
@@ -319,7 +320,7 @@ def test_answers_are_text_that_depends_on_pictures_and_ends(models, name):
         for seed in (1, 2)
         for text in ("Read this page.", "What is it?")
     ]
-    answers = BatchEngine(model, max_rows=12, max_prompt_tokens=10**6).generate(requests)
+    answers = Engine(model, SchedulerConfig(slot_count=12)).generate(requests)
     assert len({answer.token_ids for answer in answers}) == len(answers)
     assert sum(answer.finish_reason == "stop" for answer in answers) >= 3
     assert len({answer.output_tokens for answer in answers}) >= 4
@@ -331,7 +332,7 @@ def test_answers_are_text_that_depends_on_pictures_and_ends(models, name):
 def test_temporal_ids_change_an_answer_of_4_5(models):
     model = models["minicpmv4_5"]
     requests = [clip_of(model, times) for times in (((0, 2), (4, 6)), ((0, 20), (40, 60)), ((-1, -1), (-1, -1)))]
-    answers = BatchEngine(model, max_rows=3, max_prompt_tokens=10**6).generate(requests)
+    answers = Engine(model, SchedulerConfig(slot_count=3)).generate(requests)
     assert len({answer.token_ids for answer in answers}) == len(requests)
 
 
@@ -339,6 +340,6 @@ def test_places_on_the_canvas_change_an_answer_of_4_7(models):
     image = picture(700, 1000, 1)
     answers = []
     for name in ("minicpmv4_6", "minicpmv4_7"):
-        engine = BatchEngine(models[name], max_rows=1, max_prompt_tokens=10**6)
+        engine = Engine(models[name], SchedulerConfig(slot_count=1))
         answers += engine.generate([request_of(models[name], image, "Read this page.")])
     assert answers[0].token_ids != answers[1].token_ids
