@@ -24,7 +24,7 @@ GROUPS = {
     ),
     "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
     "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "video_max_slices"),
-    "Where it runs": ("address", "local", "workers", "gpus", "object_store_mb"),
+    "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ from operators.decode.documents import DecodeDocumentsConfig
 from operators.fetch import FetchConfig
 from operators.generate import GenerateConfig
 from operators.minicpmv.family import Family
+from operators.minicpmv.requirements import activation_dtype
 from operators.parse.completions import ParseCompletionsConfig
 from operators.prepare import PrepareConfig
 from operators.probe import ProbeConfig
@@ -22,6 +23,7 @@ from pipeline.reading import Reading
 from pipeline.sink import WriteRecordsConfig
 from pipeline.spec import RunSpec
 from pipeline.versions import versions
+from schemas.errors import ConfigError
 from schemas.ids import canonical_json, digest
 from schemas.vocabulary import SCHEMA_VERSION
 
@@ -52,7 +54,7 @@ class FlowConfig(BaseModel):
         decode_workers: most workers of each head.
         read_workers: most workers of the CPU engine.
         gpu_workers: workers of the generate step.
-        gpus_per_worker: 0 when the model runs on the CPU.
+        gpus_per_worker: what each of them takes, a share of one where several fit; 0 when the model runs on the CPU.
         record_rows: records that one call of the generate step gets.
     """
 
@@ -205,8 +207,8 @@ def compose(
         settings_digest=settings.digest,
         decode_workers=spec.workers or worker_count,
         read_workers=spec.workers or worker_count,
-        gpu_workers=max(1, gpus) if reading.uses_gpu else 1,
-        gpus_per_worker=1.0 if reading.uses_gpu else 0.0,
+        gpu_workers=_gpu_workers(spec, gpus) if reading.uses_gpu else 1,
+        gpus_per_worker=spec.gpus_per_worker if reading.uses_gpu else 0.0,
         record_rows=_record_rows(spec, reading, has_videos=has_videos),
     )
 
@@ -221,11 +223,24 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "weights_kind": reading.weights_kind,
             "device": "cuda" if reading.uses_gpu else "cpu",
             "dtype": _dtype(spec, reading),
+            "gpu_count": max(1, int(spec.gpus_per_worker)) if reading.uses_gpu else 1,
             "max_new_tokens": _max_new_tokens(spec, reading),
             "max_batch_prompt_tokens": GPU_BATCH_PROMPT_TOKENS if reading.uses_gpu else CPU_BATCH_PROMPT_TOKENS,
             "temperature": spec.temperature,
         }
     )
+
+
+def _gpu_workers(spec: RunSpec, gpus: int) -> int:
+    """Return how many models work at once.
+
+    Raises:
+        ConfigError: there are too few GPUs for one.
+    """
+    # A plain loop takes the GPUs it finds, which its worker counts.
+    if spec.gpus_per_worker > gpus and not spec.local:
+        raise ConfigError(f"a worker is to take {spec.gpus_per_worker:g} GPUs, and there are {gpus} to use")
+    return max(1, int(gpus / spec.gpus_per_worker))
 
 
 def _model_identity(reading: Reading) -> list[str | None]:
@@ -237,9 +252,7 @@ def _model_identity(reading: Reading) -> list[str | None]:
 def _dtype(spec: RunSpec, reading: Reading) -> str | None:
     if reading.model is None:
         return None
-    if spec.dtype != "auto":
-        return spec.dtype
-    return "bf16" if reading.uses_gpu else "fp32"
+    return activation_dtype(reading.model.quantization, spec.dtype, on_gpu=reading.uses_gpu)
 
 
 def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:

@@ -43,16 +43,24 @@ class MiniCPMV:
         device: where it runs.
         dtype: of weights and activations.
         attention: attention implementation of the text model.
+        more_devices: others that share the layers of a text model which is too large for `device`.
 
     Raises:
         ConfigError: the folder holds no such model, or tensors are missing or do not belong to it.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: Attention) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: Attention,
+        more_devices: Sequence[torch.device] = (),
+    ) -> None:
         self.config: ModelConfig = read_model_config(folder)
         self.device = device
-        self.network = load_network(folder, dtype, attention)
-        self.network.whole.to(device)
+        self.network = load_network(folder, dtype, attention, (device, *more_devices))
         self.encoder = VisionEncoder(self.network, self.config.family, self.config.slicing.patch_px, device)
 
     @property
@@ -121,7 +129,7 @@ class MiniCPMV:
             use_cache=True,
         )
         # Of the last position only: the logits of a whole batch of prompts would take tens of gigabytes.
-        return self.network.logits(output.last_hidden_state[:, -1])
+        return self.network.logits(output.last_hidden_state[:, -1]).to(self.device)
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return (B, T) token ids and their mask, padded on the left.
