@@ -182,8 +182,8 @@ class RunSpec(BaseModel):
 
 HOW_ONLY = (
     "pages", "start_seconds", "stop_seconds",
-    "address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
-    "output", "password", "limit", "retry_failed", "password_given",
+    "address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb", "max_error_rate",
+    "price_per_gpu_hour", "inputs", "output", "password", "limit", "retry_failed", "password_given",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""
 

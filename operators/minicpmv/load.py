@@ -117,8 +117,11 @@ def quantised_options(
     except ConfigError as error:
         refuse(folder, str(error), error)
     settings["quantization_config"] = fitted
+    device = devices[0]
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     # Their kernels are chosen by the device, and packed for it.
-    return {"device_map": {"": devices[0]}}
+    return {"device_map": {"": device}}
 
 
 def cast_plain(whole: Any, dtype: torch.dtype) -> None:

@@ -102,7 +102,8 @@ def test_every_member_does_every_task(tmp_path, inputs, family, task):
         assert row["prompt_tokens"] > row["image_tokens"] > 0
         assert 0 < row["output_tokens"] <= MAX_NEW_TOKENS
     assert page["text"]
-    assert segment["caption" if task == "caption" else "ocr_text"]
+    # An answer that is cut off is kept as it is.
+    assert segment["caption" if task == "caption" else "ocr_text"] or segment["raw_output"]
     assert page["status"] == "success"
     assert segment["status"] in ("success", "truncated")
     assert segment["sampling_policy"] == {

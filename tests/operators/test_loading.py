@@ -412,41 +412,14 @@ def test_gptq_outside_the_text_model_is_refused():
 
 @pytest.fixture(scope="module", params=["minicpmv4_6", "minicpmv4_5", "minicpmo2_6"])
 def in_four_bits(request, made, tmp_path_factory):
-    """A member's name, its folder as transformers and bitsandbytes quantise it, and one with the same numbers plain."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    """A member's name, its folder in four bits, and one with the same numbers plain."""
+    pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
-    name = request.param
-    settings = read_json(made[name] / "config.json")
-    family = find_family(settings)
-    official = {
-        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": ["out_proj", "kv_proj", "lm_head"],
-    }  # fmt: skip
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import logging as transformers_logging
+    from tests.operators.four_bits import write_four_bits
 
-    transformers_logging.disable_progress_bar()
-    whole = network_class(family).from_pretrained(
-        made[name],
-        config=network_config(family, settings),
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(**{k: v for k, v in official.items() if k != "quant_method"}),
-    )
-    packed, plain = (tmp_path_factory.mktemp(f"{name}-{kind}") for kind in ("nf4", "plain"))
-    for path in (packed, plain):
-        shutil.copytree(made[name], path, dirs_exist_ok=True)
-    whole.save_pretrained(packed)
-    shutil.copy(made[name] / "config.json", packed)
-    change_json(packed / "config.json", quantization_config=official)
-    values = load_file(packed / "model.safetensors")
-    for module_name, module in whole.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = module.weight
-            values[f"{module_name}.weight"] = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-    kept = {key: value.float().contiguous() for key, value in values.items() if ".weight." not in key}
-    save_file(kept, plain / "model.safetensors", {"format": "pt"})
-    return name, packed, plain
+    packed, plain = (tmp_path_factory.mktemp(f"{request.param}-{kind}") for kind in ("nf4", "plain"))
+    write_four_bits(made[request.param], packed, plain)
+    return request.param, packed, plain
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -624,8 +597,8 @@ def test_nothing_that_crossed_is_kept_after_a_pass(made):
     for _ in range(2):
         with pytest.raises(MemoryError):
             run()
-    # Hidden states, cosines and sines: what the first pass left behind is gone in the second.
-    assert counts == [3, 3]
+    # Hidden states, positions, cosines and sines: what the first pass left behind is gone in the second.
+    assert counts == [4, 4]
     handle.remove()
     run()
     assert all(kept == {} for kept in brought)
