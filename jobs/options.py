@@ -23,7 +23,7 @@ GROUPS = {
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
     ),
     "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
-    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "video_max_slices"),
+    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "max_packing", "video_max_slices"),
     "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip

@@ -115,6 +115,15 @@ class RunSpec(BaseModel):
         BeforeValidator(as_text),
         Field(description="4.5: frames that share 64 visual tokens; auto, the default, by length and max_frames."),
     ] = None
+    max_packing: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=6,
+            description="4.5: most frames that auto lets share 64 visual tokens, by default 3; 6 sees twice as many "
+            "frames of a long clip for the same tokens.",
+        ),
+    ] = None
 
     thinking: Annotated[bool, Field(description="Let the model think first; the thought is stored apart.")] = False
     prompt: Annotated[str | None, Field(description="Instruction in place of the task's own.")] = None

@@ -153,22 +153,27 @@ def test_packs_of_4_5_on_ray_and_in_the_plain_loop(tmp_path, inputs):
     assert_costs_of_packs(row, "demo:minicpmv4_5")
 
 
-def test_a_minute_at_ten_frames_a_second_is_150_packs_of_four(tmp_path):
+@pytest.mark.parametrize(
+    ("max_packing", "achieved_fps", "frames_per_pack", "packs"), [(None, 9.0, 3, 180), (6, 10.0, 4, 150)]
+)
+def test_a_minute_at_ten_frames_a_second_costs_the_tokens_of_the_recipe(
+    tmp_path, max_packing, achieved_fps, frames_per_pack, packs
+):
     video = write_clip(tmp_path / "minute.mp4", 60)
     summary = run(
         task="caption", inputs=[str(video)], output=str(tmp_path / "run"), local=True, model="demo:minicpmv4_5",
-        device="cpu", fps=10, segment_seconds=60, max_new_tokens=16,
+        device="cpu", fps=10, segment_seconds=60, max_new_tokens=16, max_packing=max_packing,
     )  # fmt: skip
     assert summary.complete
     _, [row] = rows_of(tmp_path / "run")
     assert row["engine"] == "torch"
     assert (row["start_seconds"], row["stop_seconds"]) == (0.0, 60.0)
-    assert (row["target_fps"], row["sampled_fps"], row["frame_count"]) == (10.0, 10.0, 600)
-    # 600 frames in at most 180 packs: four share one.
-    assert [len(ids) for ids in row["temporal_ids"]] == [4] * 150
+    assert (row["target_fps"], row["sampled_fps"], row["frame_count"]) == (10.0, achieved_fps, packs * frames_per_pack)
+    assert [len(ids) for ids in row["temporal_ids"]] == [frames_per_pack] * packs
     ids = [number for pack in row["temporal_ids"] for number in pack]
-    # A tenth each; the released recipe's truncation makes some one less.
-    assert all(number - 1 <= found <= number for number, found in enumerate(ids))
+    # Evenly over the minute; the released recipe's truncation makes some a tenth less.
+    step = 600 / len(ids)
+    assert all(number * step - 1.5 <= found <= (number + 1) * step for number, found in enumerate(ids))
     assert ids == sorted(ids)
     assert_costs_of_packs(row, "demo:minicpmv4_5")
-    assert row["prompt_tokens"] - tokens_without_pictures("demo:minicpmv4_5") == 10_050
+    assert row["prompt_tokens"] - tokens_without_pictures("demo:minicpmv4_5") == packs * 67
