@@ -280,7 +280,8 @@ def in_gib(count: float) -> str:
     """Return bytes as people read them."""
     for unit, size in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            share = count / size
+            return f"{share:,.0f} {unit}" if share >= 100 else f"{share:.3g} {unit}"
     return f"{count:.0f} bytes"
 
 
