@@ -23,12 +23,12 @@ GROUPS = {
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
     ),
     "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
-    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "video_max_slices"),
+    "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "max_packing", "video_max_slices"),
     "Server": (
         "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds", "endpoint_image",
         "endpoint_jpeg_quality", "endpoint_frame_px",
     ),
-    "Where it runs": ("address", "local", "workers", "gpus", "object_store_mb"),
+    "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip
 

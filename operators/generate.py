@@ -13,7 +13,7 @@ from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Completion, Outcome, Request, SamplingParams, ThoughtBudget
 from operators.engine.scheduler import SchedulerConfig
 from operators.fillers import is_filler
-from operators.minicpmv.config import Attention
+from operators.minicpmv.config import Attention, quantization_method, read_json
 from operators.minicpmv.prompt import PromptBuilder
 from operators.minicpmv.visual import Visual
 from operators.minicpmv.weights import ModelRef, WeightsKind, locate_model
@@ -38,7 +38,11 @@ class GenerateConfig(OperatorConfig):
     model_revision: Annotated[str | None, Field(description="Commit or hash; null: the files are hashed.")] = None
     weights_kind: Annotated[WeightsKind | None, Field(description="Null: local, or what a demo model says.")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="auto takes CUDA where it is.")] = "auto"
-    dtype: Annotated[Literal["auto", "bf16", "fp32"], Field(description="auto: bf16 on CUDA, fp32 on CPU.")] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Field(description="auto: bf16 on CUDA, fp16 there for AWQ weights, fp32 on CPU."),
+    ] = "auto"
+    gpu_count: Annotated[int, Field(ge=1, description="GPUs that the layers of one model are spread over.")] = 1
     attention: Annotated[Attention, Field(description="Attention implementation of transformers.")] = "sdpa"
     max_new_tokens: Annotated[
         int | None, Field(ge=1, description="Longest answer, thought included; null: the model's own, or 2048.")
@@ -75,18 +79,21 @@ class Generate(Operator[GenerateConfig]):
         # Here and not above: the driver names this class, and only the worker that runs it should pay for torch.
         from operators.engine.engine import Engine
         from operators.engine.shared import SharedEngine
-        from operators.minicpmv.device import choose_device, choose_dtype
+        from operators.minicpmv.device import choose_devices, choose_dtype
         from operators.minicpmv.model import MiniCPMV
 
         self.model_ref: ModelRef = locate_model(
             config.model_folder, config.model_id, config.model_revision, config.weights_kind
         )
-        self.device = choose_device(config.device)
+        devices = choose_devices(config.device, config.gpu_count)
+        self.device = devices[0]
+        quantization = quantization_method(read_json(self.model_ref.folder / "config.json"))
         self._model = MiniCPMV(
             self.model_ref.folder,
             device=self.device,
-            dtype=choose_dtype(config.dtype, self.device),
+            dtype=choose_dtype(config.dtype, self.device, quantization),
             attention=config.attention,
+            more_devices=devices[1:],
         )
         self._text = PromptBuilder(self._model.config)
         self._engine: SharedEngine[Visual] = SharedEngine(

@@ -15,6 +15,7 @@ from operators.fetch import FetchConfig
 from operators.generate import GenerateConfig
 from operators.minicpmv.family import Family
 from operators.minicpmv.packing import PackedConfig
+from operators.minicpmv.requirements import activation_dtype
 from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.temporal import FramesConfig, StackedConfig
 from operators.parse.completions import ParseCompletionsConfig
@@ -30,6 +31,7 @@ from pipeline.reading import Reading
 from pipeline.sink import WriteRecordsConfig
 from pipeline.spec import RunSpec
 from pipeline.versions import versions
+from schemas.errors import ConfigError
 from schemas.ids import canonical_json, digest
 from schemas.vocabulary import SCHEMA_VERSION
 
@@ -65,7 +67,7 @@ class FlowConfig(BaseModel):
         decode_workers: most workers of each head.
         read_workers: most workers of the CPU engine.
         gpu_workers: workers of the generate step.
-        gpus_per_worker: 0 when the model runs on the CPU.
+        gpus_per_worker: what each of them takes, a share of one where several fit; 0 when the model runs on the CPU.
         record_rows: records that one call of the step gets in which a model answers.
     """
 
@@ -234,8 +236,8 @@ def compose(
         settings_digest=settings.digest,
         decode_workers=spec.workers or worker_count,
         read_workers=spec.workers or worker_count,
-        gpu_workers=max(1, gpus) if reading.uses_gpu else 1,
-        gpus_per_worker=1.0 if reading.uses_gpu else 0.0,
+        gpu_workers=_gpu_workers(spec, gpus) if reading.uses_gpu else 1,
+        gpus_per_worker=spec.gpus_per_worker if reading.uses_gpu else 0.0,
         record_rows=_record_rows(spec, reading, has_videos=has_videos),
     )
 
@@ -250,6 +252,7 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "weights_kind": reading.weights_kind,
             "device": "cuda" if reading.uses_gpu else "cpu",
             "dtype": _dtype(spec, reading),
+            "gpu_count": max(1, int(spec.gpus_per_worker)) if reading.uses_gpu else 1,
             "max_new_tokens": _max_new_tokens(spec, reading),
             "scheduler": GPU_SCHEDULER if reading.uses_gpu else CPU_SCHEDULER,
             "temperature": spec.temperature,
@@ -265,6 +268,18 @@ def _clip_slicing(spec: RunSpec, reading: Reading) -> SliceConfig:
     return frame_size(spec) if reading.server else clip_slicing(spec, reading.model)
 
 
+def _gpu_workers(spec: RunSpec, gpus: int) -> int:
+    """Return how many models work at once.
+
+    Raises:
+        ConfigError: there are too few GPUs for one.
+    """
+    # A plain loop takes the GPUs it finds, which its worker counts.
+    if spec.gpus_per_worker > gpus and not spec.local:
+        raise ConfigError(f"a worker is to take {spec.gpus_per_worker:g} GPUs, and there are {gpus} to use")
+    return max(1, int(gpus / spec.gpus_per_worker))
+
+
 def _model_identity(reading: Reading) -> list[str | None]:
     """Return what tells one model from another: a local folder may move, the hash of its files stays."""
     name = reading.model_id if reading.weights_kind == "released" or reading.server else None
@@ -274,9 +289,7 @@ def _model_identity(reading: Reading) -> list[str | None]:
 def _dtype(spec: RunSpec, reading: Reading) -> str | None:
     if reading.model is None:
         return None
-    if spec.dtype != "auto":
-        return spec.dtype
-    return "bf16" if reading.uses_gpu else "fp32"
+    return activation_dtype(reading.model.quantization, spec.dtype, on_gpu=reading.uses_gpu)
 
 
 def _record_rows(spec: RunSpec, reading: Reading, *, has_videos: bool) -> int:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from operators.minicpmv.config import ModelConfig
 from operators.minicpmv.family import ClipRule, Family
-from operators.minicpmv.packing import PackedConfig
+from operators.minicpmv.packing import RELEASED_PACK, PackedConfig
 from operators.minicpmv.slicing import SliceConfig
 from operators.minicpmv.temporal import CONFIG_OF_RULE, FramesConfig, StackedConfig
 from pipeline.spec import RunSpec
@@ -49,8 +49,10 @@ def foreign_dials(spec: RunSpec, family: Family) -> Iterator[tuple[str, str]]:
     sees = f"it sees clips as {CLIPS_OF_RULE[family.clip_rule]}"
     if spec.stack_frames is not None and family.clip_rule != "stacked":
         yield "--stack-frames", sees
-    if spec.packing is not None and family.clip_rule != "packed":
-        yield "--packing", sees
+    if family.clip_rule != "packed":
+        for option, given in (("--packing", spec.packing), ("--max-packing", spec.max_packing)):
+            if given is not None:
+                yield option, sees
     if spec.thinking and not family.thinks:
         yield "--thinking", "it answers at once"
     if family.connector == "resampler":
@@ -75,6 +77,8 @@ def temporal_config(spec: RunSpec, family: Family | None) -> StackedConfig | Pac
         "max_frames": spec.max_frames,
         "stack_frames": spec.stack_frames,
         "forced_packing": forced,
+        # A packing that is asked for is meant, also above the recipe's own bound.
+        "max_packing": spec.max_packing or (max(forced, RELEASED_PACK) if forced else None),
     }
     try:
         return CONFIG_OF_RULE[family.clip_rule](**{name: value for name, value in asked.items() if value is not None})

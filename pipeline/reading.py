@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from operators.minicpmv.config import ModelConfig, read_model_config
+from operators.minicpmv.requirements import activation_dtype, require_quantiser
 from operators.minicpmv.weights import resolve_model
 from operators.read import MODEL_ID
 from pipeline.dials import check_dials
@@ -77,6 +78,11 @@ def choose_reading(spec: RunSpec) -> Reading:
     found = resolve_model(model, spec.revision)
     config = read_model_config(found.folder)
     check_dials(spec, config.family)
+    uses_gpu = has_gpu and spec.device != "cpu"
+    activation_dtype(config.quantization, spec.dtype, on_gpu=uses_gpu)
+    if spec.address is None:
+        # The machines of a cluster may have packages that this one lacks; their workers ask again.
+        require_quantiser(config.quantization, found.folder)
     reason = "it was named" if spec.model else "a GPU is here and no model was named"
     return Reading(
         engine="torch",
@@ -85,7 +91,7 @@ def choose_reading(spec: RunSpec) -> Reading:
         model_id=found.model_id,
         model_revision=found.revision,
         weights_kind=found.weights_kind,
-        uses_gpu=has_gpu and spec.device != "cpu",
+        uses_gpu=uses_gpu,
     )
 
 

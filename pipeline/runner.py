@@ -76,7 +76,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.started_at = utc_now()
         self.again: Again | None = None
-        self.gpu_workers = 0
+        self.gpus_held = 0.0
         self.counts = PlanCounts()
 
     def go(self) -> RunSummary:
@@ -113,7 +113,7 @@ class _Run:
                 counts=self.counts,
                 progress=self.progress,
                 seconds=self.seconds,
-                gpu_workers=self.gpu_workers,
+                gpus_held=self.gpus_held,
             )
             row = run_row(self.spec, self.reading, self.settings, summary, self.started_at, utc_now())
             write_run_row(self.storage, row)
@@ -180,7 +180,7 @@ class _Run:
             has_videos=bool(self.counts.records_by_kind["video"]),
             pass_index=self.again.pass_index if self.again else 0,
         )
-        self.gpu_workers = config.gpu_workers if gpus else 0
+        self.gpus_held = config.gpu_workers * config.gpus_per_worker
         return config
 
     def _run_owed(self) -> None:

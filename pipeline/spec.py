@@ -3,7 +3,7 @@
 import shlex
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from pipeline.addresses import stored_uri
 from schemas.errors import ConfigError
@@ -47,9 +47,10 @@ class RunSpec(BaseModel):
     ] = None
     revision: Annotated[str | None, Field(description="Revision of a hub model.")] = None
     device: Annotated[Literal["auto", "cuda", "cpu"], Field(description="Where the model runs.")] = "auto"
-    dtype: Annotated[Literal["auto", "bf16", "fp32"], Field(description="auto is bf16 on a GPU and fp32 on a CPU.")] = (
-        "auto"
-    )
+    dtype: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Field(description="auto is bf16 on a GPU, fp16 there for AWQ weights, and fp32 on a CPU."),
+    ] = "auto"
 
     pages: Annotated[str | None, Field(description="Pages to read, such as 1-5,8 or 7-; all when absent.")] = None
     password: Annotated[SecretStr | None, Field(description="Password for encrypted PDFs; never stored.")] = None
@@ -118,6 +119,15 @@ class RunSpec(BaseModel):
         BeforeValidator(as_text),
         Field(description="4.5: frames that share 64 visual tokens; auto, the default, by length and max_frames."),
     ] = None
+    max_packing: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=6,
+            description="4.5: most frames that auto lets share 64 visual tokens, by default 3; 6 sees twice as many "
+            "frames of a long clip for the same tokens.",
+        ),
+    ] = None
 
     thinking: Annotated[bool, Field(description="Let the model think first; the thought is stored apart.")] = False
     prompt: Annotated[str | None, Field(description="Instruction in place of the task's own.")] = None
@@ -159,7 +169,16 @@ class RunSpec(BaseModel):
     workers: Annotated[int | None, Field(ge=1, description="Most decode workers; the machine's cores by default.")] = (
         None
     )
-    gpus: Annotated[int | None, Field(ge=0, description="GPU workers; all GPUs by default.")] = None
+    gpus: Annotated[int | None, Field(ge=0, description="GPUs to use; all by default.")] = None
+    gpus_per_worker: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=64,
+            description="GPUs one model takes: 2 or more share the layers of a model that is too large for one; 0.5 "
+            "lets two workers share a GPU.",
+        ),
+    ] = 1.0
     object_store_mb: Annotated[int | None, Field(ge=100, description="Size of our own Ray's object store.")] = None
 
     retry_failed: Annotated[bool, Field(description="Read failed pages and segments of this run folder once more.")] = (
@@ -171,6 +190,13 @@ class RunSpec(BaseModel):
         Field(ge=0, le=1, description="Exit status 4 when more pages and segments fail; not set by default."),
     ] = None
     price_per_gpu_hour: Annotated[float | None, Field(ge=0, description="Prints the cost of the run.")] = None
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _is_share_or_whole(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise ValueError(f"{value:g} is neither a share of one GPU nor a whole number of them")
+        return value
 
     def stored(self) -> dict[str, Any]:
         """Return the spec as it may be written down: without the password and the secrets of URLs."""
@@ -197,8 +223,8 @@ class RunSpec(BaseModel):
 
 HOW_ONLY = (
     "pages", "start_seconds", "stop_seconds",
-    "address", "local", "workers", "gpus", "object_store_mb", "max_error_rate", "price_per_gpu_hour", "inputs",
-    "output", "password", "limit", "retry_failed", "password_given",
+    "address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb", "max_error_rate",
+    "price_per_gpu_hour", "inputs", "output", "password", "limit", "retry_failed", "password_given",
     "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""

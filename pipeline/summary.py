@@ -85,7 +85,7 @@ def summarise(
     counts: PlanCounts,
     progress: Progress,
     seconds: dict[str, float],
-    gpu_workers: int,
+    gpus_held: float,
 ) -> RunSummary:
     """Return the summary of one call.
 
@@ -98,9 +98,9 @@ def summarise(
         counts: of the plan.
         progress: what this call did.
         seconds: of each phase.
-        gpu_workers: workers that held a GPU.
+        gpus_held: GPUs that its workers held.
     """
-    gpu_seconds = progress.run_seconds * gpu_workers
+    gpu_seconds = progress.run_seconds * gpus_held
     price = spec.price_per_gpu_hour
     cost = gpu_seconds / 3600 * price if price is not None else None
     return RunSummary(

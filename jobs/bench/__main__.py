@@ -53,10 +53,11 @@ def run_vision(
 ) -> None:
     """The vision pass: all crops at once, against transformers' pass and against one at a time."""
     from jobs.bench import vision
+    from jobs.bench.vision_work import SCALES
     from operators.minicpmv.device import choose_device, choose_dtype
 
     chosen = choose_device(device)
-    known = list(vision.SCALES)
+    known = list(SCALES)
     if not set(size or ()) <= set(known):
         raise typer.BadParameter(f"there are {', '.join(known)}", param_hint="--size")
     result = vision.measure(

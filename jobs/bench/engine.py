@@ -17,8 +17,8 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from jobs.bench.engine_work import EndlessModel, make_requests, write_model
 from jobs.bench.machine import machine_facts
-from operators.engine.engine import Engine
-from operators.engine.request import Completion, Request
+from operators.engine.engine import Engine, EngineStats
+from operators.engine.request import Completion, Request, SamplingParams
 from operators.engine.scheduler import SchedulerConfig
 from operators.minicpmv.language import step_states
 from operators.minicpmv.patches import normalise, slice_views
@@ -90,22 +90,22 @@ def best(sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_engine(
-    model: EndlessModel, work: Sequence[Request[Visual]], slots: int, device: torch.device
+    model: EndlessModel, work: Sequence[Request[Visual | None]], slots: int, device: torch.device
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Return figures of the engine, and its answers."""
-    warm = Engine(model, SchedulerConfig(slot_count=slots))
-    warm.generate([work[0].__class__(work[0].prompt_ids[:8], work[0].sampling.model_copy(update={"max_new_tokens": 3}))])
-    engine = Engine(model, SchedulerConfig(slot_count=slots))
+    engine: Engine[Visual | None] = Engine(model, SchedulerConfig(slot_count=slots))
+    engine.generate([Request(work[0].prompt_ids[:8], SamplingParams(max_new_tokens=3))])
+    engine.stats = EngineStats()
     last_admission = 0.0
     began = time.perf_counter()
     with peak_memory(device) as memory:
         tickets = engine.submit(work)
         ended: dict[int, Any] = {}
         while len(ended) < len(work):
-            waiting = bool(engine._scheduler.waiting)
+            busy = engine.stats.busy_steps
             engine.step()
             ended |= engine.collect()
-            if waiting and not engine._scheduler.waiting:
+            if engine.stats.busy_steps > busy:
                 last_admission = time.perf_counter() - began
     seconds = time.perf_counter() - began
     answers = []
@@ -129,9 +129,9 @@ def run_engine(
 
 
 def run_static(
-    reference: Any, work: Sequence[Request[Visual]], size: int, device: torch.device, *, own_recurrence: bool
+    reference: Any, work: Sequence[Request[Visual | None]], size: int, device: torch.device, *, own_recurrence: bool
 ) -> tuple[dict[str, Any], list[list[int]]]:
-    """Return figures of transformers' `generate` in batches of `size`, in the order of the requests, and its answers."""
+    """Return figures of transformers' `generate` in batches of `size`, in the requests' order, and its answers."""
     restore = use_recurrence(fast_recurrence) if own_recurrence else None
     answers: list[list[int]] = []
     rows = useful = 0
@@ -157,7 +157,7 @@ def run_static(
     return figures, answers
 
 
-def generate_static(reference: Any, batch: Sequence[Request[Visual]], device: torch.device) -> list[list[int]]:
+def generate_static(reference: Any, batch: Sequence[Request[Visual | None]], device: torch.device) -> list[list[int]]:
     """Return the answers of one left-padded batch, each of its own length."""
     longest = max(len(request.prompt_ids) for request in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -170,7 +170,7 @@ def generate_static(reference: Any, batch: Sequence[Request[Visual]], device: to
     inputs: dict[str, Tensor] = {}
     video = reference.config.video_token_id
     for suffix, chosen in (("", False), ("_videos", True)):
-        visuals = [one.visual for one in batch if one.visual and (video in one.prompt_ids) == chosen]
+        visuals = [one.visual for one in batch if one.visual is not None and (video in one.prompt_ids) == chosen]
         if visuals:
             inputs |= released_inputs(visuals, suffix, device)
     made = reference.generate(
@@ -186,7 +186,7 @@ def generate_static(reference: Any, batch: Sequence[Request[Visual]], device: to
     return [made[row, longest : longest + int(own)].tolist() for row, own in enumerate(wanted)]
 
 
-class OwnLength(StoppingCriteria):
+class OwnLength(StoppingCriteria):  # type: ignore[misc]
     """Ends each row of a batch at its own length."""
 
     def __init__(self, prompt_tokens: int, wanted: Tensor) -> None:

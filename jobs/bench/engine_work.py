@@ -1,4 +1,4 @@
-"""What the benchmark of the engine runs: a network of a middle size with random weights, and requests of many lengths."""
+"""What the benchmark of the engine runs: a network with random weights, and requests of many lengths."""
 
 import json
 import math
@@ -73,11 +73,11 @@ def answer_lengths(count: int, longest: int, seed: int = 46) -> list[int]:
     return [int(length) for length in np.clip(drawn, 16, longest)]
 
 
-def make_requests(model: MiniCPMV, count: int, longest: int, max_slices: int) -> list[Request[Visual]]:
+def make_requests(model: MiniCPMV, count: int, longest: int, max_slices: int) -> list[Request[Visual | None]]:
     """Return pages of many shapes and some clips, each with an answer of its own length."""
     generator = np.random.default_rng(45)
     builder = PromptBuilder(model.config)
-    requests = []
+    requests: list[Request[Visual | None]] = []
     for number, length in enumerate(answer_lengths(count, longest)):
         is_clip = number % 6 == 5
         rows, cols = PICTURES[int(generator.integers(len(PICTURES)))]

@@ -1,4 +1,4 @@
-"""What the benchmark of the vision pass runs: networks of three sizes with random weights, pictures, and their FLOPs."""
+"""What the benchmark of the vision pass runs: networks of three sizes, random weights, pictures, and their FLOPs."""
 
 import math
 import tempfile
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from operators.minicpmv.encoder import Group
 from operators.minicpmv.family import FAMILIES, Family, FamilyName
@@ -156,38 +157,49 @@ def make_packs(scale: Scale, count: int | None = None) -> list[Group]:
     return groups
 
 
-def picture(generator: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+def picture(generator: np.random.Generator, rows: int, cols: int) -> NDArray[np.uint8]:
     """Return noise that is this many patches high and wide, (height, width, 3) uint8."""
     return generator.integers(0, 256, (rows * PATCH_PX, cols * PATCH_PX, 3), np.uint8)
 
 
 def pass_flops(network: Network, family: Family, groups: list[Group], merge_levels: int) -> int:
     """Return the FLOPs of tower and connector for these groups, two for a multiply and an add."""
-    lengths = [part.shape[0] * part.shape[1] // PATCH_PX**2 for group in groups for part in group.slices]
-    config = network.tower.config
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    total = sum(lengths) * 2 * 3 * PATCH_PX**2 * width
+    lengths: list[int] = [part.shape[0] * part.shape[1] // PATCH_PX**2 for group in groups for part in group.slices]
+    config, connector = network.tower.config, network.connector
+    width, inner, layers = int(config.hidden_size), int(config.intermediate_size), int(config.num_hidden_layers)
+    patches = sum(lengths)
+    embedding = patches * 2 * 3 * PATCH_PX**2 * width
     if family.connector == "resampler":
-        total += layers * sum(layer_flops(length, width, inner) for length in lengths)
-        packed = [group.patch_count(PATCH_PX) for group in groups]
-        return total + resampler_flops(packed, width, *network.connector.query.shape)
-    before = config.insert_layer_id + 1 if merge_levels == 2 else layers
-    total += before * sum(layer_flops(length, width, inner) for length in lengths)
-    if merge_levels == 2:
-        total += sum(lengths) * (8 * width**2 + 16 * width + 10 * inner * width)
-        lengths = [length // 4 for length in lengths]
-        total += (layers - before) * sum(layer_flops(length, width, inner) for length in lengths)
-    text_width = network.connector.mlp[-1].linear_2.out_features
-    return total + sum(lengths) // 4 * 2 * 4 * width * (4 * width + text_width)
+        query_count, text_width = connector.query.shape
+        packs = [group.patch_count(PATCH_PX) for group in groups]
+        return (
+            embedding
+            + layers_flops(layers, lengths, width, inner)
+            + resampler_flops(packs, width, int(query_count), int(text_width))
+        )
+    merger = 8 * width * (4 * width + int(connector.mlp[-1].linear_2.out_features))
+    if merge_levels == 1:
+        return embedding + layers_flops(layers, lengths, width, inner) + patches // 4 * merger
+    before = int(config.insert_layer_id) + 1
+    windows = patches * (8 * width**2 + 16 * width + 10 * inner * width)
+    merged = [length // 4 for length in lengths]
+    return (
+        embedding
+        + layers_flops(before, lengths, width, inner)
+        + windows
+        + layers_flops(layers - before, merged, width, inner)
+        + patches // 16 * merger
+    )
 
 
-def layer_flops(length: int, width: int, inner: int) -> int:
-    """Return the FLOPs of one layer of the tower for one slice of `length` patches."""
-    return length * (8 * width**2 + 4 * width * inner + 4 * length * width)
+def layers_flops(layers: int, lengths: list[int], width: int, inner: int) -> int:
+    """Return the FLOPs of layers of the tower for slices of so many patches each."""
+    patches, pairs = sum(lengths), sum(length**2 for length in lengths)
+    return layers * (patches * (8 * width**2 + 4 * width * inner) + 4 * pairs * width)
 
 
 def resampler_flops(lengths: list[int], vision_width: int, query_count: int, width: int) -> int:
-    """Return the FLOPs of the resampler for packs of these lengths; the queries are projected once for all."""
+    """Return the FLOPs of the resampler for packs of so many patches each; the queries are projected once for all."""
     patches = sum(lengths)
     keys_and_values = patches * (2 * vision_width * width + 4 * width**2)
     attention = patches * 4 * query_count * width

@@ -354,8 +354,8 @@ class Engine(Generic[V]):
         else:
             logger.warning("%d requests failed and run one by one: %s", len(jobs), first_line(error))
             self._restart(jobs, alone=True)
-        if lacks_memory and by_itself:
-            self._close()
+        if lacks_memory:
+            self.model.release_memory()
 
     def _shrink(self, error: Exception) -> None:
         """Go on with half of the slots; what ran starts again."""

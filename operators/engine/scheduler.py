@@ -189,7 +189,7 @@ class Scheduler:
         count = min(first.prompt_tokens - first.prefilled, room)
         if count < first.prompt_tokens:
             return Prefill((first,), first.prefilled, count)
-        alike = [job for job in owed if not job.prefilled and job.prompt_tokens == count][: room // count]
+        alike = [job for job in owed if job.prompt_tokens == count][: room // count]
         return Prefill(tuple(sorted(alike, key=lambda job: job.slot or 0)), 0, count)
 
     def decoding(self) -> list[Job]:

@@ -139,8 +139,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: Ragged) -> Tenso
 
 def attend_bucket(queries: Tensor, keys: Tensor, values: Tensor, bucket: Bucket) -> Tensor:
     """Return the attention of the sequences of one bucket, (rows, H, D)."""
-    padded = [padded_rows(tensor, bucket) for tensor in (queries, keys, values)]
-    attended = scaled_dot_product_attention(*padded, attn_mask=bucket.mask)
+    query, key, value = (padded_rows(tensor, bucket) for tensor in (queries, keys, values))
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=bucket.mask)
     return unpadded_rows(attended.transpose(1, 2), bucket)
 
 

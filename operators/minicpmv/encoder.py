@@ -3,6 +3,7 @@
 Letters: `T` visual tokens of a record, `D` width of the text model.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -40,7 +41,7 @@ class Group:
 
     def patch_count(self, patch_px: int) -> int:
         """Return the patches of all slices."""
-        return sum(part.shape[0] * part.shape[1] for part in self.slices) // patch_px**2
+        return sum(math.prod(part.shape[:2]) for part in self.slices) // patch_px**2
 
 
 class VisionEncoder:

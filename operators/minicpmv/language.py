@@ -18,7 +18,13 @@ ATTENTION: Final = "pagereel_slots"
 
 
 def slot_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **rest: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Return attention of the queries of the current call to what their slots hold.
 
@@ -29,8 +35,8 @@ def slot_attention(
         key, value: (B, K, stop, D).
         result: (B, T, H, D).
     """
-    call: Call = rest["call"]
-    batch, heads, count, width = query.shape
+    call: Call = rest["call"].on(query.device)
+    batch, heads, _, width = query.shape
     if call.is_decode:
         grouped = query.reshape(batch, key.shape[1], -1, width)
         attended = scaled_dot_product_attention(grouped, key, value, attn_mask=call.mask, scale=scaling)
@@ -86,7 +92,7 @@ def linear_attention(
         Gated Delta Networks (arXiv 2412.06464); transformers `models/qwen3_5/modeling_qwen3_5.py`.
     """
     cache: SlotCache = cache_params
-    call: Call = rest["call"]
+    call: Call = rest["call"].on(hidden_states.device)
     batch, count, _ = hidden_states.shape
     mixed = convolve(self, self.in_proj_qkv(hidden_states).transpose(1, 2), cache.convolutions[self.layer_idx], call)
     query, key, value = mixed.transpose(1, 2).split([self.key_dim, self.key_dim, self.value_dim], dim=-1)

@@ -15,8 +15,8 @@ from operators.minicpmv.config import Attention, ModelConfig, read_model_config
 from operators.minicpmv.encoder import VisionEncoder
 from operators.minicpmv.language import run_text, use_slots
 from operators.minicpmv.load import load_network
-from operators.minicpmv.slots import SlotCache, decode_call, prefill_call
 from operators.minicpmv.slicing import MERGED_PATCHES_PER_SIDE
+from operators.minicpmv.slots import SlotCache, decode_call, prefill_call
 from operators.minicpmv.visual import Visual
 from schemas.errors import GenerationError
 
@@ -48,16 +48,24 @@ class MiniCPMV:
         device: where it runs.
         dtype: of weights and activations.
         attention: attention implementation of the text model.
+        more_devices: others that share the layers of a text model which is too large for `device`.
 
     Raises:
         ConfigError: the folder holds no such model, or tensors are missing or do not belong to it.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: Attention) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention: Attention,
+        more_devices: Sequence[torch.device] = (),
+    ) -> None:
         self.config: ModelConfig = read_model_config(folder)
         self.device = device
-        self.network = load_network(folder, dtype, attention)
-        self.network.whole.to(device)
+        self.network = load_network(folder, dtype, attention, (device, *more_devices))
         self.slots: SlotCache | None = None
         self._ahead: list[int] = []
         self.encoder = VisionEncoder(self.network, self.config.family, self.config.slicing.patch_px, device)
@@ -80,9 +88,9 @@ class MiniCPMV:
                 return
             self.slots = None
             use_slots(self.network.text)
-            self.slots = SlotCache(
-                self.network.text.config, slot_count, capacity_tokens, self.device, self.network.text.dtype
-            )
+            text = self.network.text
+            devices = [next(layer.parameters()).device for layer in text.layers]
+            self.slots = SlotCache(text.config, slot_count, capacity_tokens, devices, self.network.embed.weight.dtype)
             self._ahead = [0] * slot_count
 
     def close_slots(self) -> None:
@@ -125,7 +133,7 @@ class MiniCPMV:
             for one, slot in zip(prepared, slots, strict=True):
                 self._ahead[slot] = one.next_position - len(one.token_ids)
             hidden = run_text(self.network.text, embeddings, positions, cache, call)
-            return self.network.logits(hidden[:, -1])
+            return self.network.logits(hidden[:, -1]).to(self.device)
 
     def _embedded(self, prepared: Prepared, part: slice) -> Tensor:
         """Return the embeddings of a part of a prompt, (T, D), visual tokens in the place of placeholders."""
@@ -148,7 +156,7 @@ class MiniCPMV:
             call = decode_call(held_tokens, active, self.device, embeddings.dtype)
             positions = torch.tensor(places, device=self.device)[:, None]
             hidden = run_text(self.network.text, embeddings, positions, cache, call)
-            return self.network.logits(hidden[:, -1])
+            return self.network.logits(hidden[:, -1]).to(self.device)
 
     def move_slot(self, source: int, target: int, held_tokens: int) -> None:
         """Copy what one slot holds into another."""

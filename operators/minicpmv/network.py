@@ -19,7 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from operators.minicpmv.family import Family
+from operators.minicpmv.family import Connector, Family
 from operators.minicpmv.resampler import Resampler
 
 MERGER_CLASSES: Final[dict[str, type[PreTrainedModel]]] = {
@@ -28,6 +28,9 @@ MERGER_CLASSES: Final[dict[str, type[PreTrainedModel]]] = {
     "minicpm_ocr": MiniCPMOcrForConditionalGeneration,
 }
 
+HEADS: Final[dict[Connector, str]] = {"merger": "lm_head", "resampler": "llm.lm_head"}
+"""Name of the output layer."""
+
 NOT_OF_THE_TEXT_MODEL: Final = (
     "architectures", "audio_config", "auto_map", "model_type", "quantization_config", "slice_config", "tts_config",
     "vision_config",
@@ -35,7 +38,7 @@ NOT_OF_THE_TEXT_MODEL: Final = (
 """Keys of `config.json` that lie beside those of the text model."""
 
 
-class ResamplerConfig(PreTrainedConfig):
+class ResamplerConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of a network with a resampler, whose file lists the text model's numbers at its top level."""
 
     model_type = "minicpmv"
@@ -52,7 +55,7 @@ class ResamplerConfig(PreTrainedConfig):
         return self.text_config
 
 
-class ResamplerNetwork(PreTrainedModel):
+class ResamplerNetwork(PreTrainedModel):  # type: ignore[misc]
     """Tower, resampler and text model of MiniCPM-V 2.6 to 4.5 and MiniCPM-o 2.6."""
 
     config_class = ResamplerConfig
@@ -63,9 +66,7 @@ class ResamplerNetwork(PreTrainedModel):
         super().__init__(config)
         self.llm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)](config.text_config)
         self.vpm = SiglipVisionModel(config.vision_config)
-        self.resampler = Resampler(
-            config.text_config.hidden_size, config.vision_config.hidden_size, config.query_count
-        )
+        self.resampler = Resampler(config.text_config.hidden_size, config.vision_config.hidden_size, config.query_count)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

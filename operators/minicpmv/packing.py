@@ -18,6 +18,7 @@ TEMPORAL_UNIT_SECONDS: Final = 0.1
 """A temporal id counts these."""
 
 LARGEST_PACK: Final = 6
+RELEASED_PACK: Final = 3
 """Largest pack that the recipe calls valid: 96 patches become one visual token."""
 
 HIGHEST_FPS: Final = 10.0
@@ -49,7 +50,7 @@ class PackedConfig(BaseModel):
     ] = 180
     max_packing: Annotated[
         int, Field(ge=1, le=LARGEST_PACK, description="Most frames a pack; more see more of a long clip, less sharply.")
-    ] = LARGEST_PACK
+    ] = RELEASED_PACK
     forced_packing: Annotated[
         int | None,
         Field(ge=1, le=LARGEST_PACK, description="Frames a pack, whatever the budget; null: as few as it allows."),

@@ -74,9 +74,7 @@ def slice_views(pixels: NDArray[np.uint8], shapes: Sequence[Size]) -> list[NDArr
     """Return each slice of a record, (height, width, 3) uint8, without copying it."""
     stops = list(itertools.accumulate(size.height_px * size.width_px * 3 for size in shapes))
     starts = [0, *stops[:-1]]
-    return [
-        pixels[start:stop].reshape(*size, 3) for start, stop, size in zip(starts, stops, shapes, strict=True)
-    ]
+    return [pixels[start:stop].reshape(*size, 3) for start, stop, size in zip(starts, stops, shapes, strict=True)]
 
 
 def patchify(slices: Tensor, patch_px: int, merge_levels: int) -> Tensor:
@@ -94,8 +92,10 @@ def patchify(slices: Tensor, patch_px: int, merge_levels: int) -> Tensor:
 
 
 def merge_order(grid: Tensor, merge_levels: int) -> Tensor:
-    """Return what stands in a grid as a sequence in which the four of each 2 x 2 square follow one another, at every
-    level of merging; inside a square and between squares, row by row.
+    """Return what stands in a grid as a sequence in merge order.
+
+    The four of each 2 x 2 square follow one another, at every level of merging; inside a square and between squares the
+    order is row by row.
 
     Shapes:
         grid: (S, rows, cols, ...); both sides are multiples of 2 ** merge_levels.

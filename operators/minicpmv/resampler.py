@@ -27,7 +27,7 @@ NO_TIME: Final = -1
 WAVELENGTH: Final = 10000
 
 
-class Resampler(nn.Module):
+class Resampler(nn.Module):  # type: ignore[misc]
     """The weights, under their released names.
 
     Args:

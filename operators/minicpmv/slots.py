@@ -3,11 +3,12 @@
 A slot belongs to one request from its first prompt token to its last answer token; nothing is padded, and nothing is
 copied when a neighbour comes or goes.
 
-Letters: `S` slots, `B` sequences of a call, `T` tokens, `H` heads, `K` key-value heads, `C` channels, `D` width of a head.
+Letters: `S` slots, `B` sequences of a call, `T` tokens, `H` heads, `K` key-value heads, `C` channels, `D` width of a
+head.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -27,7 +28,7 @@ class Call:
         stop: tokens that the longest slot holds afterwards.
         ends: (B,) int64 tokens that each slot holds before; None while prefilling.
         active: (B,) bool, False for slots that only fill a gap; None when all are meant.
-        mask: added to the scores: (B, 1, 1, stop) while decoding, (T, stop) while prefilling, None where none is needed.
+        mask: added to the scores: (B, 1, 1, stop) while decoding, (T, stop) while prefilling; None: not needed.
     """
 
     rows: slice | Tensor
@@ -36,6 +37,15 @@ class Call:
     ends: Tensor | None = None
     active: Tensor | None = None
     mask: Tensor | None = None
+    moved: dict[torch.device, "Call"] = field(default_factory=dict, compare=False)
+
+    def on(self, device: torch.device) -> "Call":
+        """Return this call with its tensors on `device`; layers may be spread over several."""
+        if device not in self.moved:
+            own = {name: getattr(self, name) for name in ("rows", "ends", "active", "mask")}
+            there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
+            self.moved[device] = replace(self, moved=self.moved, **there)
+        return self.moved[device]
 
     @property
     def is_decode(self) -> bool:
@@ -52,12 +62,17 @@ class SlotCache:
         config: of the text model.
         slot_count: most sequences at once.
         capacity_tokens: tokens a slot can hold; grows when more are asked for.
-        device: where the buffers are.
+        devices: where each layer is.
         dtype: of keys, values and convolutions; states are float32.
     """
 
     def __init__(
-        self, config: Any, slot_count: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: Any,
+        slot_count: int,
+        capacity_tokens: int,
+        devices: Sequence[torch.device],
+        dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.slot_count = slot_count
@@ -70,7 +85,7 @@ class SlotCache:
         self.convolutions: dict[int, Tensor] = {}
         self.states: dict[int, Tensor] = {}
         self.call: Call | None = None
-        for layer, kind in enumerate(self.kinds):
+        for layer, (kind, device) in enumerate(zip(self.kinds, devices, strict=True)):
             if kind == LINEAR:
                 self.convolutions[layer] = torch.zeros(
                     slot_count, conv_channels(config), config.linear_conv_kernel_dim - 1, dtype=dtype, device=device
@@ -88,7 +103,7 @@ class SlotCache:
             keys, values: (B, K, T, D).
             result: (B, K, stop, D) each.
         """
-        call = self.current
+        call = self.current.on(keys.device)
         stored: list[Tensor] = []
         for buffer, fresh in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
             if call.is_decode:

@@ -6,7 +6,8 @@ slice after the other, and one window of four patches after the other, this take
 Letters: `N` patches of all slices, `H` heads, `D` width of the tower, `T` visual tokens of all slices.
 
 Source:
-    SigLIP 2 (arXiv 2502.14786); LLaVA-UHD v4 for the mergers; transformers `models/minicpmv4_6/modeling_minicpmv4_6.py`.
+    SigLIP 2 (arXiv 2502.14786), LLaVA-UHD v4 for the mergers; transformers
+    `models/minicpmv4_6/modeling_minicpmv4_6.py`.
 """
 
 from functools import lru_cache

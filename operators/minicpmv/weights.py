@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal
 from operators.minicpmv.config import DEMO_MARKER, read_json, refuse_gguf, require_supported
 from operators.minicpmv.demo import DEMO_VERSION, demo_family
 from operators.minicpmv.family import FamilyName
+from operators.minicpmv.requirements import require_layout
 from operators.minicpmv.tiny import write_tiny_model
 from schemas.errors import ConfigError
 from schemas.ids import digest
@@ -22,6 +24,11 @@ WeightsKind = Literal["released", "local", "demo_random", "demo_trained"]
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja")
+HUB_SUBFOLDERS: Final = ("*/*",)
+"""Other formats, parts and checkpoints of training, none of which is read."""
+
+ONE_FILE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
 
 NAMES_OF_OLDER_FILES: Final = {
     r"^model\.vpm\.": "model.vision_tower.",
@@ -40,9 +47,6 @@ HASHED_SETTINGS: Final = (
     "chat_template.jinja",
 )
 """Files beside the weights that determine an answer."""
-
-UNUSED_TENSORS: Final = ("mtp.", "model.mtp.")
-"""Prefixes of tensors that a file may carry for multi-token prediction, which nothing here uses."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ def resolve_model(model: str, revision: str | None = None) -> ModelRef:
         ConfigError: there is no such model, it cannot be fetched, or it is of a type that does not run here.
     """
     folder = model_folder(model, revision)
+    refuse_adapter(folder)
     config = read_json(folder / "config.json")
-    require_supported(config, folder)
+    require_layout(config, require_supported(config, folder), folder)
     require_safetensors(folder)
     if Path(model).expanduser().is_dir() or demo_family(model):
         return ModelRef(folder, model, hash_weights(folder), kind_of_local(config))
@@ -177,7 +182,11 @@ def fetch_from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_SUBFOLDERS)
+            )
+        )
     # The hub's client raises OSError, ValueError and its HTTP library's RuntimeError kin, by version.
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -186,33 +195,83 @@ def fetch_from_hub(model: str, revision: str | None) -> Path:
         ) from error
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise `ConfigError` when `folder` holds a LoRA adapter, with or without a model beside it."""
+    if not (folder / "adapter_config.json").exists():
+        return
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    into = f"its base model, {base}," if base else "its base model"
+    raise ConfigError(
+        f"{folder} holds a LoRA adapter (adapter_config.json): merge it into {into} with merge_and_unload of peft, "
+        "save that, and name the folder it is saved in"
+    )
+
+
 def require_safetensors(folder: Path) -> list[Path]:
     """Return the weight files of `folder`, in the order of their names.
 
     Raises:
-        ConfigError: there are none (other formats are not read, since loading them may run code), or one is cut off.
+        ConfigError: there are none (other formats are not read, since loading them may run code), or one is missing or
+            cut off.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder} holds no .safetensors weights; no other format is loaded")
+    files = weight_files(folder)
     for path in files:
-        require_whole(path)
+        read_header(path)
     return files
 
 
-def require_whole(path: Path) -> None:
-    """Raise `ConfigError` unless a weight file is as long as its header says: a copy that broke off is common."""
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of `folder`: the only one, or those that its index names.
+
+    Raises:
+        ConfigError: there are none, there is no index for several, or the index names files that are not there.
+    """
+    if (folder / ONE_FILE).exists():
+        return [folder / ONE_FILE]
+    if not (folder / INDEX).exists():
+        parts = sorted(path.name for path in folder.glob("*.safetensors"))
+        if not parts:
+            raise ConfigError(f"{folder} holds no .safetensors weights; no other format is loaded")
+        raise ConfigError(f"{folder} holds {shortened(parts)}, and neither {ONE_FILE} nor {INDEX}")
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ConfigError(f"{folder / INDEX} has no weight_map, which says where each tensor is")
+    names = sorted({str(name) for name in places.values()})
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise ConfigError(f"{folder} lacks {len(absent)} of the {len(names)} files of its index: {shortened(absent)}")
+    return [folder / name for name in names]
+
+
+def shortened(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of `names`, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return what a weight file says of each tensor in it.
+
+    Raises:
+        ConfigError: it is not as long as its header says (a copy that broke off is common), or no such file.
+    """
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(header_bytes, size)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        wanted = 8 + header_bytes + max(ends, default=0)
+        tensors: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        wanted = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no safetensors file ({size} bytes)") from error
     if size < wanted:
         raise ConfigError(f"{path} is cut off: {size} bytes of {wanted}")
+    return tensors
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Return the name of every tensor in the weight files of `folder`."""
+    return [name for path in weight_files(folder) for name in read_header(path)]
 
 
 def hash_weights(folder: Path) -> str:

@@ -60,8 +60,12 @@ def clip_packs():
     first = [slice_image(noise_image(240, 426, 100 + index), config).slices[0] for index in range(7)]
     second = [slice_image(noise_image(500, 300, 200 + index), config).slices[0] for index in range(4)]
     return [
-        (first[:3], (0, 2, 4)), (first[3:6], (6, 8, 10)), (first[6:], (12,)), (second[:2], (3, 5)), (second[2:], (9, 700)),
-    ]  # fmt: skip
+        (first[:3], (0, 2, 4)),
+        (first[3:6], (6, 8, 10)),
+        (first[6:], (12,)),
+        (second[:2], (3, 5)),
+        (second[2:], (9, 700)),
+    ]
 
 
 def odd_patches():

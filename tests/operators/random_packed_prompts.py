@@ -52,7 +52,7 @@ def packed_prompts(family, count, seed):
 
 
 def packed_prompt(generator, family):
-    side = generator.choice((112,) * 6 + (168, 168, 224, 448))
+    side = generator.choice((112,) * 7 + (168, 168, 224, 224, 448))
     slicing = SliceConfig(slice_side_px=side, max_slices=generator.choice((1, 2, 4, 6)), query_count=64)
     kind = generator.choice(("images", "images", "clip", "clip", "both", "both", "none"))
     images = (

@@ -208,7 +208,7 @@ def text_of(family, settings, tensors):
 
 
 def rotary_rates(width, theta, factors):
-    """Angle of each pair of channels a position, where each pair has a factor by which it turns more slowly, float32."""
+    """Angle of each pair of channels a position, divided by the factor of the pair, float32."""
     powers = np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     return 1 / (np.array(factors, np.float32) * powers)
 

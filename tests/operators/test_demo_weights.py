@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import huggingface_hub.constants
-import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -13,7 +12,6 @@ from operators.minicpmv import weights
 from operators.minicpmv.config import read_model_config
 from operators.minicpmv.demo import write_demo_model
 from operators.minicpmv.family import FAMILIES
-from operators.minicpmv.load import load_network
 from operators.minicpmv.weights import hash_weights, locate_model, model_folder, resolve_model
 from schemas.errors import ConfigError
 
@@ -150,46 +148,6 @@ def test_a_worker_without_the_folder_makes_the_demo_itself(cache):
         locate_model("/absent/here", "demo", "another", "demo_random")
     with pytest.raises(ConfigError, match="does not exist"):
         locate_model("/absent/here", None, None, None)
-
-
-def rewrite(folder, change):
-    values = load_file(folder / "model.safetensors")
-    save_file(change(values), folder / "model.safetensors", {"format": "pt"})
-
-
-def test_missing_and_foreign_tensors_are_listed(folder):
-    def change(values):
-        values.pop("model.merger.mlp.0.pre_norm.weight")
-        return values | {"model.stranger.weight": np.zeros(3, np.float32)}
-
-    rewrite(folder, change)
-    with pytest.raises(ConfigError, match=r"missing: model\.merger\.mlp\.0\.pre_norm\.weight.*model\.stranger\.weight"):
-        load_network(folder, torch.float32, "sdpa")
-
-
-def test_a_tensor_of_another_shape_is_refused(folder):
-    rewrite(folder, lambda values: values | {"model.language_model.norm.weight": np.zeros(3, np.float32)})
-    with pytest.raises(ConfigError, match=r"model\.language_model\.norm\.weight"):
-        load_network(folder, torch.float32, "sdpa")
-
-
-def test_names_of_older_files_and_unused_tensors_are_understood(folder):
-    def change(values):
-        renamed = {
-            name.replace("model.vision_tower.vit_merger.", "model.vit_merger.").replace(
-                "model.vision_tower.", "model.vpm."
-            ): value
-            for name, value in values.items()
-        }
-        return renamed | {"mtp.layers.0.weight": np.zeros(3, np.float32)}
-
-    wanted = {
-        name: value.clone() for name, value in load_network(folder, torch.float32, "sdpa").whole.state_dict().items()
-    }
-    rewrite(folder, change)
-    found = load_network(folder, torch.float32, "sdpa").whole.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(("kept", "message"), [(0.5, "is cut off"), (0.0, "is no safetensors file")])

@@ -177,11 +177,10 @@ def test_a_loop_that_no_rung_breaks_is_the_answer():
 
 def test_an_attempt_draws_numbers_of_its_own():
     sampling = SamplingParams(max_new_tokens=40, temperature=5.0)
-    [first] = engine(CountingModel()).generate([Request((30,), sampling, seed=7)])
-    rungs = (sampling,)
-    looping = Request((LOOP, 1, FIRST), SamplingParams(max_new_tokens=40), seed=7, rungs=rungs)
+    [first] = engine(CountingModel()).generate([Request((LOOP, 1, FIRST), sampling, seed=7)])
+    looping = Request((LOOP, 1, FIRST), SamplingParams(max_new_tokens=40), seed=7, rungs=(sampling,))
     [second] = engine(CountingModel(), repetition=LIMITS).generate([looping])
-    assert second.attempt == 2
+    assert (first.attempt, second.attempt) == (1, 2)
     assert second.token_ids[:20] != first.token_ids[:20]
 
 
@@ -352,6 +351,17 @@ def test_a_request_that_never_fits_is_an_error_of_its_row():
     assert [answers[0].token_ids, answers[2].token_ids] == [(41, 42, 43, 44, 45), (42, 43, 44, 45, 46)]
 
 
+def test_a_request_that_does_not_fit_leaves_its_room_to_the_next():
+    # The slot itself fits, and leaves nothing for a pass.
+    model = CountingModel(memory_tokens=50)
+    answers = engine(model, slot_count=1).generate(
+        [request(2, 40, max_new_tokens=48), request(2, 40, max_new_tokens=5)]
+    )
+    assert answers[0].code == "out_of_memory"
+    assert answers[1].token_ids == (41, 42, 43, 44, 45)
+    assert model.openings == [(1, 50), (1, 7)]
+
+
 def test_pictures_that_never_fit_are_an_error_of_their_row():
     requests = [request(50, visual=Picture(out_of_memory() if n == 2 else None)) for n in range(5)]
     answers = engine(CountingModel(), slot_count=2).generate(requests)
@@ -367,8 +377,10 @@ def test_pictures_that_fit_when_nothing_else_runs_are_encoded_then():
 
     model = CountingModel(fault=fault)
     run = engine(model, slot_count=3)
+    short = tuple(range(51, STOP))
+    assert tokens(run.generate([request(50)])) == [short]
     requests = [request(50), request(50), request(60, max_new_tokens=3), request(50)]
-    assert tokens(run.generate(requests)) == [tuple(range(51, 59))] * 2 + [(1, 2, 3)] + [tuple(range(51, 59))]
+    assert tokens(run.generate(requests)) == [short, short, (1, 2, 3), short]
 
 
 @pytest.mark.parametrize("failure", [ValueError("bad shape"), GenerationError("bad row"), IndexError("out of range")])

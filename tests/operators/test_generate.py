@@ -198,6 +198,12 @@ def test_a_model_without_thoughts_answers_at_once(tmp_path):
     assert row["output_tokens"] > 2
 
 
+@pytest.mark.parametrize(("text", "may"), [("<td></td>", True), ("| 0.00 ", True), ("§ ", True), ("Words ", False)])
+def test_tokens_of_fillers_may_repeat_wherever_they_are_cut(generate, text, may):
+    ids = generate._text.encode(text)
+    assert {generate._may_repeat(ids[cut:] + ids[:cut]) for cut in range(len(ids))} == {may}
+
+
 def test_a_known_revision_and_kind_are_passed_on(folder, records):
     config = GenerateConfig(
         model_folder=folder, model_id="some/model", model_revision="abc", weights_kind="released", max_new_tokens=1

@@ -70,7 +70,7 @@ def test_a_packed_segment_carries_its_packs(tmp_path, make_video, number_of):
 
 def test_a_wish_beyond_the_budget_is_told_by_the_rate_that_came_of_it(tmp_path, make_video):
     path = make_video(tmp_path / "a.mp4", **AT_25, options={"g": "50"})
-    item = decoded(path, 0.0, 10.0, PackedConfig(fps=10, max_frames=10))
+    item = decoded(path, 0.0, 10.0, PackedConfig(fps=10, max_frames=10, max_packing=6))
     assert (item["target_fps"], item["sampled_fps"]) == (10.0, 6.0)
     assert [len(ids) for ids in item["temporal_ids"]] == [6] * 10
 
@@ -98,7 +98,7 @@ def test_a_lost_frame_leaves_its_pack_shorter(tmp_path, make_video, number_of):
     for pos, size in places:
         data[pos : pos + size] = b"\xff" * size
     path.write_bytes(data)
-    item = decoded(path, 2.0, 4.0, PackedConfig(fps=5, forced_packing=4))
+    item = decoded(path, 2.0, 4.0, PackedConfig(fps=5, max_packing=4, forced_packing=4))
     # Frames 50 + 2, 7, 12, ... of which those from 85 to the next key frame at 100 are gone.
     assert [number_of(picture) for picture in pictures(item)] == [52, 57, 62, 67, 72, 77, 82]
     assert [len(ids) for ids in item["temporal_ids"]] == [4, 3]
@@ -140,21 +140,21 @@ def test_a_minute_at_ten_frames_a_second_costs_the_tokens_of_the_recipe(tmp_path
         decode.close()
     [row] = table.to_pylist()
     assert row["error"] is None
-    assert (row["target_fps"], row["sampled_fps"], row["packing"]) == (10.0, 10.0, "3d_resampler")
-    assert (row["pack_count"], row["frame_count_sampled"]) == (150, 600)
+    assert (row["target_fps"], row["sampled_fps"], row["packing"]) == (10.0, 9.0, "3d_resampler")
+    assert (row["pack_count"], row["frame_count_sampled"]) == (180, 540)
     # decord would queue frames faster than they are taken.
     assert row["decoder"] == "pyav"
-    assert [len(ids) for ids in row["temporal_ids"]] == [4] * 150
-    assert row["image_tokens"] == 150 * 64
+    assert [len(ids) for ids in row["temporal_ids"]] == [3] * 180
+    assert row["image_tokens"] == 180 * 64
     tokens = read_model_config(Path(folder)).tokens
     ids = row["prompt_ids"]
-    assert ids.count(tokens.image_pad) == 150 * 64
-    assert ids.count(tokens.image_start) == ids.count(tokens.image_end) == 150
+    assert ids.count(tokens.image_pad) == 180 * 64
+    assert ids.count(tokens.image_start) == ids.count(tokens.image_end) == 180
     first, last = ids.index(tokens.image_start), len(ids) - ids[::-1].index(tokens.image_end)
-    assert last - first == 150 * 66 + 149
+    assert last - first == 180 * 66 + 179
     pictures = read_pictures(table, 0, packed=True)
     assert pictures.slice_packs() == tuple(map(tuple, row["temporal_ids"]))
-    assert len(pictures.shapes) == 600
+    assert len(pictures.shapes) == 540
 
 
 @pytest.fixture(scope="module")

@@ -55,9 +55,9 @@ def test_frames_packs_and_ids_of_a_constant_rate_clip_are_those_of_the_recipe(ra
 def test_a_forced_packing_changes_the_packs_and_not_the_frames(forced, seconds):
     timeline = file_of(Fraction(30), seconds)
     count = len(timeline.frame_seconds)
-    config = PackedConfig(fps=10, forced_packing=forced)
+    config = PackedConfig(fps=10, max_packing=6, forced_packing=forced)
     assert planned_packs(timeline, config) == recipe_packs(count, 30.0, 10.0, 180, 6, forced)
-    free = planned_packs(timeline, PackedConfig(fps=10))
+    free = planned_packs(timeline, PackedConfig(fps=10, max_packing=6))
     assert [pair for pack in planned_packs(timeline, config) for pair in pack] == [p for pack in free for p in pack]
     assert {len(pack) for pack in planned_packs(timeline, config)[:-1]} == {forced}
 
@@ -80,19 +80,19 @@ def test_a_packing_above_the_largest_pack_is_lowered_to_it():
     ],
 )
 def test_packs_grow_to_six_frames_before_frames_are_left_out(seconds, fps, frame_count, frames_per_pack, pack_count):
-    chosen = choose_packing(seconds, 30.0, PackedConfig(fps=fps))
+    chosen = choose_packing(seconds, 30.0, PackedConfig(fps=fps, max_packing=6))
     assert chosen == (frame_count, frames_per_pack)
-    packs = planned_packs(file_of(Fraction(30), seconds), PackedConfig(fps=fps))
+    packs = planned_packs(file_of(Fraction(30), seconds), PackedConfig(fps=fps, max_packing=6))
     assert len(packs) == pack_count
     assert sum(map(len, packs)) == frame_count
 
 
 def test_a_minute_at_ten_frames_a_second_leaves_frames_out_at_the_packing_of_the_recipe():
-    assert choose_packing(60.0, 30.0, PackedConfig(fps=10, max_packing=3)) == (540, 3)
+    assert choose_packing(60.0, 30.0, PackedConfig(fps=10)) == (540, 3)
 
 
 def test_the_last_pack_may_be_shorter():
-    packs = planned_packs(file_of(Fraction(25), 7), PackedConfig(fps=10, forced_packing=6))
+    packs = planned_packs(file_of(Fraction(25), 7), PackedConfig(fps=10, max_packing=6, forced_packing=6))
     assert [len(pack) for pack in packs] == [6] * 11 + [4]
     assert in_packs([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
 
@@ -245,7 +245,7 @@ def test_the_config_is_chosen_by_its_kind():
 def test_every_member_of_the_family_has_a_rule():
     rules = {name: CONFIG_OF_RULE[family.clip_rule]() for name, family in FAMILIES.items()}
     assert (rules["minicpmv4_6"].fps, rules["minicpmv4_6"].max_frames, rules["minicpmv4_6"].stack_frames) == (1, 128, 1)
-    assert (rules["minicpmv4_5"].fps, rules["minicpmv4_5"].max_frames, rules["minicpmv4_5"].max_packing) == (3, 180, 6)
+    assert (rules["minicpmv4_5"].fps, rules["minicpmv4_5"].max_frames, rules["minicpmv4_5"].max_packing) == (3, 180, 3)
     assert (rules["minicpmv2_6"].fps, rules["minicpmv2_6"].max_frames) == (1, 64)
     assert rules["minicpmv2_6"] == rules["minicpmv4_0"] == rules["minicpmo2_6"]
     assert rules["minicpmv4_6"] == rules["minicpmv4_7"] == rules["minicpm_ocr"]

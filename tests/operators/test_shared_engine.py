@@ -77,9 +77,7 @@ def test_each_caller_gets_its_own_answers_in_order():
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(engine.generate, batches))
     for batch, answers in zip(batches, found, strict=True):
-        assert [answer.token_ids for answer in answers] == [
-            tuple(range(one.prompt_ids[-1] + 1, STOP)) for one in batch
-        ]
+        assert [answer.token_ids for answer in answers] == [tuple(range(one.prompt_ids[-1] + 1, STOP)) for one in batch]
 
 
 def test_a_second_batch_fills_the_slots_that_the_first_leaves_free():

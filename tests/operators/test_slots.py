@@ -190,7 +190,13 @@ def test_a_gap_stays_as_it_is_to_the_bit(hybrid):
 
 
 def test_room_that_cannot_be_had_leaves_the_slots_as_they_are(hybrid, monkeypatch):
-    cache = SlotCache(hybrid.untouched.network.text.config, 2, 256, CPU, torch.float32)
+    cache = SlotCache(
+        hybrid.untouched.network.text.config,
+        2,
+        256,
+        [CPU] * hybrid.untouched.network.text.config.num_hidden_layers,
+        torch.float32,
+    )
     cache.keys[99] = SimpleNamespace(shape=(2, 1, 256, 8), new_zeros=no_memory)
     cache.keys[3][0, 0, 7] = 5.0
     for _ in range(2):
@@ -262,7 +268,7 @@ def test_a_slot_takes_as_many_bytes_as_the_released_models_need(config, bytes_a_
 def test_the_bytes_of_slots_are_counted_as_they_are(pair):
     config = pair.untouched.network.text.config
     for dtype in (torch.float32, torch.bfloat16):
-        cache = SlotCache(config, 3, 200, CPU, dtype)
+        cache = SlotCache(config, 3, 200, [CPU] * config.num_hidden_layers, dtype)
         assert cache.byte_count() == 3 * slot_bytes(config, 200, dtype)
 
 

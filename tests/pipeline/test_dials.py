@@ -44,6 +44,7 @@ def folders(tmp_path_factory):
         ({"stack_frames": 1}, "--stack-frames", MERGERS),
         ({"packing": 4}, "--packing", ("minicpmv4_5",)),
         ({"packing": "auto"}, "--packing", ("minicpmv4_5",)),
+        ({"max_packing": 6}, "--max-packing", ("minicpmv4_5",)),
         ({"thinking": True}, "--thinking", (*MERGERS, "minicpmv4_5")),
         ({"downsample": "4x"}, "--downsample", MERGERS),
         ({"small_image_upsize": "never"}, "--small-image-upsize", MERGERS),
@@ -72,8 +73,12 @@ def test_options_that_are_not_given_are_the_models_own():
 
 def test_options_that_are_given_win():
     spec = spec_of(fps=10, max_frames=20, packing=4)
-    assert temporal_config(spec, FAMILIES["minicpmv4_5"]) == PackedConfig(fps=10, max_frames=20, forced_packing=4)
-    assert temporal_config(spec_of(packing="auto"), FAMILIES["minicpmv4_5"]) == PackedConfig()
+    assert temporal_config(spec, FAMILIES["minicpmv4_5"]) == PackedConfig(
+        fps=10, max_frames=20, max_packing=4, forced_packing=4
+    )
+    assert temporal_config(spec_of(packing="auto"), FAMILIES["minicpmv4_5"]) == PackedConfig(max_packing=3)
+    assert temporal_config(spec_of(packing=2), FAMILIES["minicpmv4_5"]) == PackedConfig(forced_packing=2)
+    assert temporal_config(spec_of(max_packing=6), FAMILIES["minicpmv4_5"]) == PackedConfig(max_packing=6)
     spec = spec_of(fps=2, max_frames=20, stack_frames=3)
     assert temporal_config(spec, FAMILIES["minicpmv4_6"]) == StackedConfig(fps=2, max_frames=20, stack_frames=3)
     assert temporal_config(spec_of(fps=2), FAMILIES["minicpmv2_6"]) == FramesConfig(fps=2)
@@ -94,7 +99,7 @@ def test_a_number_and_its_text_are_the_same_packing():
 
 def test_the_largest_segment_of_the_recipe_fits_and_a_larger_one_is_refused():
     packed, frames = FAMILIES["minicpmv4_5"], FAMILIES["minicpmv2_6"]
-    largest = spec_of(fps=10, segment_seconds=600)
+    largest = spec_of(fps=10, segment_seconds=600, max_packing=6)
     assert temporal_config(largest, packed).most_pictures(600) == 1080
     assert 0.8 * LARGEST_SEGMENT_PIXELS_BYTES < segment_bytes(largest, packed) < LARGEST_SEGMENT_PIXELS_BYTES
     check_dials(largest, packed)
