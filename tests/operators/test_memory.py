@@ -254,8 +254,14 @@ def test_a_whole_prefill_of_a_tiny_model_needs_no_more_than_was_estimated(folder
     prompt = [model.config.tokens.image_pad] * 64 + list(range(1, 60))
     memory = estimate_memory(model.config, "fp32", 16_384)
     load = Load(len(prompt), 64, 0, 1, 1024, 1024)
-    model.prefill([prompt] * 4, [visual] * 4)
-    measured = peak_bytes(lambda: model.prefill([prompt] * 4, [visual] * 4))
+
+    def whole_prefill():
+        model.open_slots(4, len(prompt))
+        model.append_prompt(model.encode([prompt] * 4, [visual] * 4), range(4), 0, len(prompt))
+
+    whole_prefill()
+    model.close_slots()
+    measured = peak_bytes(whole_prefill)
     assert measured <= 1.1 * (memory.needed(load, 4) - memory.weights)
 
 
