@@ -164,7 +164,9 @@ def check_answers_in_any_batch(folder, name):
     """Greedy answers on CUDA do not depend on what is in a batch."""
     records = page_records(folder, 8)
     alone = answers(folder, records, device="cuda", dtype="fp32", scheduler=SchedulerConfig(slot_count=1))
-    return require_same_answers(answers(folder, records, device="cuda", dtype="fp32", scheduler=SchedulerConfig(slot_count=8)), alone)
+    return require_same_answers(
+        answers(folder, records, device="cuda", dtype="fp32", scheduler=SchedulerConfig(slot_count=8)), alone
+    )
 
 
 def check_answers_in_bfloat16(folder, name):
