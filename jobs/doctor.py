@@ -225,7 +225,8 @@ def estimate_model(model: "ModelConfig") -> Estimate:
     import torch
 
     from operators.generate import MAX_NEW_TOKENS
-    from operators.minicpmv.encoder import PATCHES_PER_CALL
+    from operators.minicpmv.config import read_json
+    from operators.minicpmv.encoder import most_patches
     from operators.minicpmv.memory import clip_load, estimate_memory, page_load
     from operators.minicpmv.requirements import activation_dtype
     from operators.minicpmv.slicing import Size
@@ -235,13 +236,14 @@ def estimate_model(model: "ModelConfig") -> Estimate:
     place = torch.cuda.get_device_name(0) if on_gpu else "this machine, no GPU"
     dtype = activation_dtype(model.quantization, "auto", on_gpu=on_gpu)
     new_tokens = model.generation.max_new_tokens or MAX_NEW_TOKENS
+    inner_width = read_json(model.folder / "config.json")["vision_config"]["intermediate_size"]
     page, clip = prompt_for("ocr", "pdf").text, prompt_for("caption", "video").text
     return Estimate(
         title=model.family.title,
         place=place,
         free_bytes=torch.cuda.mem_get_info(0)[0] if on_gpu else available_bytes(),
         dtype=dtype,
-        memory=estimate_memory(model, dtype, PATCHES_PER_CALL["cuda" if on_gpu else "cpu"]),
+        memory=estimate_memory(model, dtype, most_patches(inner_width, "cuda" if on_gpu else "cpu")),
         loads={
             "page": page_load(model, Size(*PAGE_PX), page, new_tokens),
             "clip": clip_load(model, Size(*CLIP_PX), CLIP_SECONDS, CLIP_FRAMES_PER_SECOND, clip, new_tokens),

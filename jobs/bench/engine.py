@@ -228,7 +228,7 @@ def use_recurrence(function: Callable[..., Any]) -> Callable[[], None]:
 def fast_recurrence(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
     """Return one step of the gated delta rule by our own recurrence, in transformers' form."""
     state: Tensor = rest["initial_state"]
-    call = Call(rows=slice(None), start=None, stop=0)
+    call = Call(rows=slice(None), start=None, stop=0, device=query.device)
     made = step_states(query[:, 0], key[:, 0], value[:, 0], rest["g"][:, 0], rest["beta"][:, 0], state, call)
     return made[:, None], state
 

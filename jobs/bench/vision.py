@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.bench.machine import machine_facts
 from jobs.bench.vision_work import PATCH_PX, SCALES, make_crops, make_network, make_packs, pass_flops
-from operators.minicpmv.encoder import PATCHES_PER_CALL, Group, chunks, inverse
+from operators.minicpmv.encoder import Group, chunks, inverse, most_patches
 from operators.minicpmv.family import FAMILIES, Family, FamilyName
 from operators.minicpmv.network import Network
 from operators.minicpmv.patches import PackedPatches, pack_patches
@@ -157,25 +157,25 @@ def make_work(size: str, name: FamilyName, device: torch.device, crops: int | No
     groups = make_packs(scale, crops) if packs else make_crops(scale, family, crops)
     levels = 2 if family.connector == "merger" else 0
     network = make_network(scale, name, device)
-    return Work(network, family, groups, levels, device, PATCHES_PER_CALL[device.type])
+    return Work(network, family, groups, levels, device, most_patches(scale.inner, device.type))
 
 
 def whole_pass(size: str, device: torch.device, crops: int | None) -> Case:
     """Return mixed crops of 4.6 against transformers' pass."""
     work = make_work(size, MERGER, device, crops, packs=False)
-    return Case("4.6, crops", "transformers", work, lambda: transformers_pass(work))
+    return Case("4.6 crops", "transformers", work, lambda: transformers_pass(work))
 
 
 def single_crops(size: str, device: torch.device, crops: int | None) -> Case:
     """Return mixed crops of 4.5 against one crop at a time."""
     work = make_work(size, RESAMPLER, device, crops, packs=False)
-    return Case("4.5, crops", "one at a time", work, lambda: one_at_a_time(work))
+    return Case("4.5 crops", "one at a time", work, lambda: one_at_a_time(work))
 
 
 def single_packs(size: str, device: torch.device, crops: int | None) -> Case:
     """Return packs of frames of 4.5 against one pack at a time."""
     work = make_work(size, RESAMPLER, device, crops, packs=True)
-    return Case("4.5, packs", "one at a time", work, lambda: one_at_a_time(work))
+    return Case("4.5 packs", "one at a time", work, lambda: one_at_a_time(work))
 
 
 def one_at_a_time(work: Work) -> Callable[[], Tokens]:
@@ -304,9 +304,10 @@ def print_result(result: dict[str, Any]) -> None:
     """Print one table, and the JSON line last."""
     table = Table(
         title=f"vision pass in ms, {result['device']}, {result['dtype']}, {result['repeat']} runs a side",
-        caption="ours from pixels: patches made of uint8 pictures as well; of limit: of a large matrix product",
+        caption="pixels: ours, and the patches made from pictures; limit: share of the rate of a large matrix product",
+        box=None,
     )
-    for column in ("MiniCPM-V", "against", "theirs", "ours", "from pixels", "ratio", "of limit"):
+    for column in ("MiniCPM-V", "against", "theirs", "ours", "pixels", "ratio", "limit"):
         is_text = column in ("MiniCPM-V", "against")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for row in result["rows"]:

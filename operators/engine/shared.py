@@ -28,7 +28,7 @@ class SharedEngine(Generic[V]):
         self._tickets: dict[int, list[int]] = {}
         self._ended: dict[int, Outcome] = {}
         self._is_driven = False
-        self._failure: BaseException | None = None
+        self._failures: dict[int, BaseException] = {}
 
     def generate(self, requests: Sequence[Request[V]]) -> list[Outcome]:
         """Return what became of each request, in their order.
@@ -41,10 +41,10 @@ class SharedEngine(Generic[V]):
             self._arrived.append((call, requests))
         while True:
             with self._changed:
-                while self._is_driven and not self._is_done(call) and self._failure is None:
+                while self._is_driven and not self._is_done(call) and call not in self._failures:
                     self._changed.wait()
-                if self._failure is not None:
-                    raise self._failure
+                if call in self._failures:
+                    raise self._failures.pop(call)
                 if self._is_done(call):
                     return [self._ended.pop(ticket) for ticket in self._tickets.pop(call)]
                 self._is_driven = True
@@ -58,12 +58,23 @@ class SharedEngine(Generic[V]):
                 self.engine.step()
                 self._hand_out()
         except BaseException as error:
-            self._failure = error
+            self._give_up(call, error)
             raise
         finally:
             with self._changed:
                 self._is_driven = False
                 self._changed.notify_all()
+
+    def _give_up(self, driver: int, error: BaseException) -> None:
+        """Let every call under way end with this error; later ones find an empty engine."""
+        with self._changed:
+            waiting = {*self._tickets, *(call for call, _ in self._arrived)} - {driver}
+            self._failures |= dict.fromkeys(waiting, error)
+            for tickets in self._tickets.values():
+                for ticket in tickets:
+                    self.engine.abort(ticket)
+            self.engine.collect()
+            self._tickets, self._ended, self._arrived = {}, {}, []
 
     def _take_arrived(self) -> None:
         with self._changed:

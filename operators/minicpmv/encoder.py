@@ -21,8 +21,11 @@ from operators.minicpmv.vision import encode_patches, merge_patches
 from operators.minicpmv.visual import Visual
 
 PATCHES_PER_CALL: Final = {"cuda": 65_536, "cpu": 16_384}
-"""Patches that go through the tower at once, by type of device. Bounds its activations: about 0.6 GB in bf16 for the
-widest tensor of a model of full size on a GPU."""
+"""Most patches that go through the tower at once, by type of device. Bounds its activations: about 0.6 GB in bf16 for
+the widest tensor of a model of full size on a GPU."""
+
+CPU_TENSOR_BYTES: Final = 16 * 2**20
+"""Largest tensor of the tower on a CPU: from about twice that, each allocation pays for fresh pages (measured)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class VisionEncoder:
         family: which member they are.
         patch_px: side of a patch.
         device: where the tower is.
-        patches_per_call: bound on what goes through at once; None: by the type of device.
+        patches_per_call: bound on what goes through at once; None: by the device and the width of the tower.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class VisionEncoder:
         self.family = family
         self.patch_px = patch_px
         self.device = device
-        self.patches_per_call = patches_per_call or PATCHES_PER_CALL.get(device.type, PATCHES_PER_CALL["cpu"])
+        self.patches_per_call = patches_per_call or most_patches(network.tower.config.intermediate_size, device.type)
 
     def encode(self, visuals: Sequence[Visual], merge_levels: Sequence[int]) -> list[Tensor]:
         """Return the visual tokens of each record, (T, D).
@@ -105,6 +108,13 @@ class VisionEncoder:
         if self.family.connector == "resampler" or merge_levels <= len(self.network.connector.mlp):
             return None
         return int(self.network.tower.config.insert_layer_id)
+
+
+def most_patches(inner_width: int, device_type: str) -> int:
+    """Return how many patches go at once through a tower whose widest layer has this width."""
+    if device_type != "cpu":
+        return PATCHES_PER_CALL["cuda"]
+    return min(PATCHES_PER_CALL["cpu"], CPU_TENSOR_BYTES // (4 * inner_width))
 
 
 def groups_of(record: int, visual: Visual) -> Iterator[Group]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from operators.minicpmv.attention import Bucket, group_lengths, make_bucket, padded_rows
+from operators.minicpmv.attention import Bucket, padded_rows, plan_buckets
 
 HEAD_WIDTH: Final = 128
 NO_TIME: Final = -1
@@ -154,7 +154,7 @@ def lay_out(
     frame_index = np.repeat(np.arange(len(slices)), [lengths[number] for number, _ in slices])
     return PackLayout(
         rows=None if bool((rows == np.arange(len(rows))).all()) else torch.from_numpy(rows).to(device),
-        buckets=pack_buckets([totals[pack] for pack in order], like),
+        buckets=plan_buckets([totals[pack] for pack in order], device, like.dtype),
         places=torch.from_numpy(np.argsort(order)).to(device),
         row_index=torch.from_numpy(np.concatenate([side[0] for side in sides])).to(device),
         col_index=torch.from_numpy(np.concatenate([side[1] for side in sides])).to(device),
@@ -162,15 +162,6 @@ def lay_out(
         times=torch.from_numpy(encode_times(times, width)).to(device) if has_times else None,
         side=max(max(grid) for grid in grids),
     )
-
-
-def pack_buckets(totals: Sequence[int], like: Tensor) -> tuple[Bucket, ...]:
-    """Return the buckets of packs of these lengths, which ascend."""
-    buckets: list[Bucket] = []
-    for group in group_lengths(totals):
-        start = buckets[-1].stop if buckets else 0
-        buckets.append(make_bucket(start, group, like.device, like.dtype))
-    return tuple(buckets)
 
 
 @lru_cache(maxsize=4096)

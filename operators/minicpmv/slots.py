@@ -28,12 +28,14 @@ class Call:
         stop: tokens that the longest slot holds afterwards.
         ends: (B,) int64 tokens that each slot holds before; None while prefilling.
         active: (B,) bool, False for slots that only fill a gap; None when all are meant.
+        device: where the tensors are.
         mask: added to the scores: (B, 1, 1, stop) while decoding, (T, stop) while prefilling; None: not needed.
     """
 
     rows: slice | Tensor
     start: int | None
     stop: int
+    device: torch.device
     ends: Tensor | None = None
     active: Tensor | None = None
     mask: Tensor | None = None
@@ -41,10 +43,12 @@ class Call:
 
     def on(self, device: torch.device) -> "Call":
         """Return this call with its tensors on `device`; layers may be spread over several."""
+        if device == self.device:
+            return self
         if device not in self.moved:
             own = {name: getattr(self, name) for name in ("rows", "ends", "active", "mask")}
             there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
-            self.moved[device] = replace(self, moved=self.moved, **there)
+            self.moved[device] = replace(self, device=device, moved={}, **there)
         return self.moved[device]
 
     @property
@@ -198,6 +202,7 @@ def decode_call(ends: Sequence[int], active: Sequence[bool], device: torch.devic
         rows=slice(0, len(ends)),
         start=None,
         stop=stop,
+        device=device,
         ends=places.to(device),
         active=None if all(active) else torch.tensor(list(active), device=device),
         mask=mask,
@@ -214,4 +219,4 @@ def prefill_call(slots: Sequence[int], start: int, count: int, device: torch.dev
     if start:
         seen = torch.arange(stop, device=device)[None, :] <= torch.arange(start, stop, device=device)[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-    return Call(rows=rows, start=start, stop=stop, mask=mask)
+    return Call(rows=rows, start=start, stop=stop, device=device, mask=mask)

@@ -38,12 +38,13 @@ def encode_patches(
     """
     hidden = embed_patches(tower.embeddings, packed, buckets)
     heads = tower.config.num_attention_heads
-    plan = plan_attention(packed.lengths, hidden.device, hidden.dtype)
+    width = hidden.shape[1] // heads
+    plan = plan_attention(packed.lengths, width, hidden.device, hidden.dtype)
     for index, layer in enumerate(tower.encoder.layers):
         hidden = encoder_layer(layer, hidden, heads, plan)
         if index == window_merger_after:
             hidden = merge_windows(tower.vit_merger, hidden, heads)
-            plan = plan_attention([length // 4 for length in packed.lengths], hidden.device, hidden.dtype)
+            plan = plan_attention([length // 4 for length in packed.lengths], width, hidden.device, hidden.dtype)
     encoded: Tensor = tower.post_layernorm(hidden)
     return encoded
 

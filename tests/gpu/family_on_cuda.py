@@ -211,7 +211,7 @@ def check_the_kernel_equals_sdpa(head_width):
     made = [torch.randn(shape, generator=generator, device=CUDA).to(torch.bfloat16) for _ in range(3)]
 
     def run():
-        plan = plan_attention(lengths, CUDA, torch.bfloat16)
+        plan = plan_attention(lengths, head_width, CUDA, torch.bfloat16)
         return plan.cumulative is not None, attend(*made, plan).float().cpu()
 
     (uses_kernel, found), (uses_kernel_too, wanted) = by_both_paths(run)

@@ -111,3 +111,13 @@ def test_a_lost_device_reaches_every_caller():
         for call in calls:
             with pytest.raises(WorkerLostError):
                 call.result(30)
+
+
+def test_after_a_surprise_later_callers_find_an_empty_engine():
+    model = CountingModel()
+    model.fault = TypeError("a defect")
+    engine = shared(model)
+    with pytest.raises(TypeError, match="a defect"):
+        engine.generate([request(3), request(4)])
+    model.fault = None
+    assert [answer.token_ids for answer in engine.generate([request(46)])] == [(47, 48)]
