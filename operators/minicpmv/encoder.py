@@ -6,13 +6,14 @@ Letters: `T` visual tokens of a record, `D` width of the text model.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from operators.minicpmv.absorbed import AbsorbedResampler
 from operators.minicpmv.family import Family
 from operators.minicpmv.network import Network
 from operators.minicpmv.patches import pack_patches, slice_views
@@ -24,8 +25,8 @@ PATCHES_PER_CALL: Final = {"cuda": 65_536, "cpu": 16_384}
 """Most patches that go through the tower at once, by type of device. Bounds its activations: about 0.6 GB in bf16 for
 the widest tensor of a model of full size on a GPU."""
 
-CPU_TENSOR_BYTES: Final = 16 * 2**20
-"""Largest tensor of the tower on a CPU: from about twice that, each allocation pays for fresh pages (measured)."""
+CPU_TENSOR_BYTES: Final = 8 * 2**20
+"""Largest tensor of the tower on a CPU: from about four times that, each allocation pays for fresh pages (measured)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class VisionEncoder:
         self.family = family
         self.patch_px = patch_px
         self.device = device
+        self.resample = resampler_of(network, family, device)
         self.patches_per_call = patches_per_call or most_patches(network.tower.config.intermediate_size, device.type)
 
     def encode(self, visuals: Sequence[Visual], merge_levels: Sequence[int]) -> list[Tensor]:
@@ -101,13 +103,26 @@ class VisionEncoder:
         where = iter(inverse(packed.places))
         packs = [[(next(where), time) for time in group.times] for group in groups]
         layout = lay_out(packed.grids, packs, self.network.connector.proj.shape[0], encoded)
-        return list(self.network.connector(encoded, layout))
+        return list(self.resample(encoded, layout))
 
     def _window_merger_after(self, merge_levels: int) -> int | None:
         """Return the layer after which windows merge: only where patches merge once more than the mergers do."""
         if self.family.connector == "resampler" or merge_levels <= len(self.network.connector.mlp):
             return None
         return int(self.network.tower.config.insert_layer_id)
+
+
+def resampler_of(network: Network, family: Family, device: torch.device) -> Any:
+    """Return what resamples: on a CPU the absorbed form, which is faster and as exact; elsewhere the released one.
+
+    Where `kv_proj` is quantised there is nothing to absorb.
+    """
+    if family.connector == "merger" or device.type != "cpu":
+        return network.connector
+    if not network.connector.kv_proj.weight.is_floating_point():
+        return network.connector
+    with torch.no_grad():
+        return AbsorbedResampler(network.connector)
 
 
 def most_patches(inner_width: int, device_type: str) -> int:

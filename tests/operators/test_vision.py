@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from operators.minicpmv.absorbed import AbsorbedResampler
 from operators.minicpmv.attention import Ragged, attend, group_lengths, make_bucket, plan_attention
 from operators.minicpmv.encoder import Group, VisionEncoder
 from operators.minicpmv.patches import PackedPatches
@@ -44,6 +45,16 @@ def _no_gradients():
 def assert_close(found, wanted, tolerance=TOLERANCE):
     difference = np.abs(np.asarray(found) - np.asarray(wanted)).max()
     assert difference < tolerance, f"differs by {difference}"
+
+
+def test_the_absorbed_form_equals_the_released_one(network, encoder):
+    assert isinstance(encoder.resample, AbsorbedResampler)
+    released = VisionEncoder(network, golden45.FAMILY, 14, CPU)
+    released.resample = network.connector
+    groups = [Group(0, tuple(frames), times) for frames, times in golden45.clip_packs()]
+    groups += [Group(0, (part,), (-1,)) for part in made_slices(12, 4, 14)]
+    for one, other in zip(encoder.encode_groups(groups, 0), released.encode_groups(groups, 0), strict=True):
+        assert_close(one, other)
 
 
 def test_the_two_dimensional_features_are_golden(encoder, golden):
