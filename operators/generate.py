@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from operators.base import Operator, OperatorConfig, with_columns
+from operators.answers import ANSWERED, asks_model, with_answers
+from operators.base import Operator, OperatorConfig
 from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Completion, Outcome, Request, SamplingParams, ThoughtBudget
 from operators.engine.scheduler import SchedulerConfig
@@ -18,7 +19,7 @@ from operators.minicpmv.prompt import PromptBuilder
 from operators.minicpmv.visual import Visual
 from operators.minicpmv.weights import ModelRef, WeightsKind, locate_model
 from operators.prepare import read_pictures
-from schemas.errors import RecordError, error_struct
+from schemas.errors import RecordError
 from schemas.generation import FAILURES, GENERATION, REQUEST, ROUTE
 from schemas.ids import canonical_json, digest
 from schemas.image import PIXELS
@@ -71,7 +72,7 @@ class Generate(Operator[GenerateConfig]):
     """
 
     reads = pa.schema([*ROUTE, SEGMENT_FACTS.field("temporal_ids"), *PIXELS, *REQUEST, *FAILURES])
-    adds = pa.schema([*GENERATION, *FAILURES])
+    adds = ANSWERED
     engine_name: ClassVar[str] = "torch"
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -114,15 +115,7 @@ class Generate(Operator[GenerateConfig]):
         """Return `table` with the answers of its records: same rows, same order."""
         outcomes = self.outcomes(table)
         answers = {row: self._answer(table, row, outcome) for row, outcome in outcomes.items()}
-        columns: dict[str, list[Any]] = {}
-        for name in GENERATION.names:
-            before = table[name].to_pylist() if name in table.schema.names else [None] * table.num_rows
-            columns[name] = [answers[row][name] if row in answers else before[row] for row in range(table.num_rows)]
-        errors = table["error"].to_pylist()
-        for row, outcome in outcomes.items():
-            if isinstance(outcome, RecordError):
-                errors[row] = error_struct(outcome, type(self).__name__)
-        return with_columns(table, columns | {"error": errors}, self.adds)
+        return with_answers(table, answers, outcomes, type(self).__name__)
 
     def close(self) -> None:
         """Give the model's memory back."""
@@ -134,7 +127,7 @@ class Generate(Operator[GenerateConfig]):
         outcomes: dict[int, Outcome] = {}
         requests: dict[int, Request[Visual]] = {}
         for row in range(table.num_rows):
-            if table["route"][row].as_py() != "model" or table["error"][row].is_valid:
+            if not asks_model(table, row):
                 continue
             if not table["prompt_ids"][row].is_valid:
                 continue

@@ -5,13 +5,14 @@ from typing import Annotated, Any, ClassVar, Final
 import pyarrow as pa
 from pydantic import Field
 
-from operators.base import Operator, OperatorConfig, with_columns
+from operators.answers import ANSWERED, asks_model, with_answers
+from operators.base import Operator, OperatorConfig
 from operators.endpoint.answer import Answer, Outcome
 from operators.endpoint.options import ServerOptions
 from operators.endpoint.question import Question, Sampling
 from operators.picture_files import MEDIA_TYPES, split_files
 from operators.prompts import prompt_for
-from schemas.errors import PrepareError, RecordError, error_struct
+from schemas.errors import PrepareError, RecordError
 from schemas.generation import FAILURES, GENERATION, IDENTITY, REQUEST, ROUTE
 from schemas.ids import canonical_json, digest
 from schemas.image import PIXELS
@@ -39,7 +40,7 @@ class AskEndpoint(Operator[AskEndpointConfig]):
     """
 
     reads = pa.schema([*ROUTE, *(IDENTITY.field(name) for name in ("task", "kind")), *PIXELS, *REQUEST, *FAILURES])
-    adds = pa.schema([*GENERATION, *FAILURES])
+    adds = ANSWERED
     engine_name: ClassVar[str] = "endpoint"
 
     def __init__(self, config: AskEndpointConfig) -> None:
@@ -54,15 +55,7 @@ class AskEndpoint(Operator[AskEndpointConfig]):
         """Return `table` with the answers of its records: same rows, same order."""
         outcomes = self._outcomes(table)
         answers = {row: self._answer(outcome) for row, outcome in outcomes.items()}
-        columns: dict[str, list[Any]] = {}
-        for name in GENERATION.names:
-            before = table[name].to_pylist() if name in table.schema.names else [None] * table.num_rows
-            columns[name] = [answers[row][name] if row in answers else before[row] for row in range(table.num_rows)]
-        errors = table["error"].to_pylist()
-        for row, outcome in outcomes.items():
-            if isinstance(outcome, RecordError):
-                errors[row] = error_struct(outcome, type(self).__name__)
-        return with_columns(table, columns | {"error": errors}, self.adds)
+        return with_answers(table, answers, outcomes, type(self).__name__)
 
     def close(self) -> None:
         """End the connections."""
@@ -73,7 +66,7 @@ class AskEndpoint(Operator[AskEndpointConfig]):
         outcomes: dict[int, Outcome] = {}
         questions: dict[int, Question] = {}
         for row in range(table.num_rows):
-            if table["route"][row].as_py() != "model" or table["error"][row].is_valid:
+            if not asks_model(table, row):
                 continue
             if not table["content_key"][row].is_valid:
                 continue
