@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 SERVE := .venv-serve
 DEMO := demo-run
 BENCH ?= end_to_end
+# Test files run side by side; each worker is one thread wide, or they would wait for each other.
+WORKERS ?= $(shell n=$$(nproc); echo $$(( n < 4 ? n : 4 )))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## List the targets.
@@ -58,8 +60,8 @@ check: $(VENV)/.done-dev ## Lint, format, types, import rules.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check ## The checks, then the tests.
-	$(BIN)/pytest
+test: check ## The checks, then the tests, a file a core: make test WORKERS=1 runs one after the other.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # pytest ends with 5 when it selected no test.
 chaos: $(VENV)/.done-dev ## Heavy kill-and-resume runs.

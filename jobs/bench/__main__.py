@@ -67,6 +67,41 @@ def run_vision(
     save_result(result, save)
 
 
+@app.command("engine")
+def run_engine(
+    size: Annotated[Literal["middle", "full"], typer.Option(help="Of the network; full has the released numbers.")] = (
+        "middle"
+    ),
+    requests: Annotated[int, typer.Option(min=2, help="Pages and clips that are asked for.")] = 48,
+    longest: Annotated[int, typer.Option(min=16, help="Tokens of the longest answer.")] = 2000,
+    slots: Annotated[int, typer.Option(min=1, help="Slots of the engine.")] = 8,
+    batch: Annotated[list[int] | None, typer.Option(help="Sizes of static batches; the best counts.")] = None,
+    max_slices: Annotated[int, typer.Option(min=1, help="Most slices a page.")] = 9,
+    plain: Annotated[bool, typer.Option(help="Also transformers with its own recurrence, which is slower.")] = True,
+    device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto takes CUDA where it is.")] = "auto",
+    dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="auto: bf16 on CUDA, fp32 on CPU.")] = "auto",
+    save: Result = None,
+) -> None:
+    """The engine on mixed requests, against `generate` of transformers in static batches."""
+    from jobs.bench import engine
+    from operators.minicpmv.device import choose_device, choose_dtype
+
+    chosen = choose_device(device)
+    result = engine.measure(
+        size,
+        chosen,
+        choose_dtype(dtype, chosen),
+        requests=requests,
+        longest=longest,
+        slots=slots,
+        batches=batch or [slots],
+        max_slices=max_slices,
+        plain=plain,
+    )
+    engine.print_result(result)
+    save_result(result, save)
+
+
 def save_result(result: dict[str, Any], path: Path | None) -> None:
     """Write a result where it is asked for."""
     if path is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs.bench.machine import machine_facts
 from jobs.bench.vision_work import PATCH_PX, SCALES, make_crops, make_network, make_packs, pass_flops
-from operators.minicpmv.encoder import Group, chunks, inverse, most_patches
+from operators.minicpmv.encoder import Group, chunks, inverse, most_patches, resampler_of
 from operators.minicpmv.family import FAMILIES, Family, FamilyName
 from operators.minicpmv.network import Network
 from operators.minicpmv.patches import PackedPatches, pack_patches
@@ -54,13 +54,14 @@ class Chunk:
     groups: list[Group]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """A network and what it is given.
 
     Attributes:
         merge_levels: how often four neighbours become one.
         patches_per_call: bound on what goes through at once.
+        resample: the resampler that runs on this device, where there is one; see `use_dtype`.
     """
 
     network: Network
@@ -69,6 +70,12 @@ class Work:
     merge_levels: int
     device: torch.device
     patches_per_call: int
+    resample: Callable[..., Tensor] | None = None
+
+    def use_dtype(self, dtype: torch.dtype) -> None:
+        """Have all weights, and what is made of them, in this dtype."""
+        self.network.whole.to(dtype)
+        self.resample = resampler_of(self.network, self.family, self.device)
 
     def packed(self, patches_per_call: int | None = None) -> list[Chunk]:
         """Return the patches of all groups, by call."""
@@ -79,11 +86,12 @@ class Work:
             for some in chunks(self.groups, PATCH_PX, bound)
         ]
 
-    def encode(self, packed: Sequence[Chunk]) -> Tokens:
-        """Return the tokens of each group by our pass, chunk after chunk."""
-        return [tokens for chunk in packed for tokens in self._encode_chunk(chunk)]
+    def encode(self, packed: Sequence[Chunk], resample: Callable[..., Tensor] | None = None) -> Tokens:
+        """Return the tokens of each group by our pass, chunk after chunk; with another resampler where one is given."""
+        chosen = resample or self.resample
+        return [tokens for chunk in packed for tokens in self._encode_chunk(chunk, chosen)]
 
-    def _encode_chunk(self, chunk: Chunk) -> Tokens:
+    def _encode_chunk(self, chunk: Chunk, resample: Callable[..., Tensor] | None) -> Tokens:
         packed, network = chunk.packed, self.network
         where = inverse(packed.places)
         if self.family.connector == "merger":
@@ -96,7 +104,8 @@ class Work:
         numbers = iter(where)
         packs = [[(next(numbers), time) for time in group.times] for group in chunk.groups]
         layout = lay_out(packed.grids, packs, network.connector.proj.shape[0], encoded)
-        return list(network.connector(encoded, layout))
+        assert resample is not None
+        return list(resample(encoded, layout))
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ def measure(
     """
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        for make in (whole_pass, single_crops, single_packs):
+        for make in (whole_pass, single_crops, released_crops, single_packs):
             case = make(size, device, crops)
             rows.append({"size": size, **compare(case, dtype, repeat)})
     last = next(row for row in rows if row["size"] == sizes[-1])
@@ -157,7 +166,9 @@ def make_work(size: str, name: FamilyName, device: torch.device, crops: int | No
     groups = make_packs(scale, crops) if packs else make_crops(scale, family, crops)
     levels = 2 if family.connector == "merger" else 0
     network = make_network(scale, name, device)
-    return Work(network, family, groups, levels, device, most_patches(scale.inner, device.type))
+    work = Work(network, family, groups, levels, device, most_patches(scale.inner, device.type))
+    work.use_dtype(torch.float32)
+    return work
 
 
 def whole_pass(size: str, device: torch.device, crops: int | None) -> Case:
@@ -172,16 +183,22 @@ def single_crops(size: str, device: torch.device, crops: int | None) -> Case:
     return Case("4.5 crops", "one at a time", work, lambda: one_at_a_time(work))
 
 
+def released_crops(size: str, device: torch.device, crops: int | None) -> Case:
+    """Return mixed crops of 4.5 against one crop at a time, with the keys and values that the released code has."""
+    work = make_work(size, RESAMPLER, device, crops, packs=False)
+    return Case("4.5 crops", "one at a time, plain", work, lambda: one_at_a_time(work, work.network.connector))
+
+
 def single_packs(size: str, device: torch.device, crops: int | None) -> Case:
     """Return packs of frames of 4.5 against one pack at a time."""
     work = make_work(size, RESAMPLER, device, crops, packs=True)
     return Case("4.5 packs", "one at a time", work, lambda: one_at_a_time(work))
 
 
-def one_at_a_time(work: Work) -> Callable[[], Tokens]:
-    """Return our pass with every group alone."""
+def one_at_a_time(work: Work, resample: Callable[..., Tensor] | None = None) -> Callable[[], Tokens]:
+    """Return our pass with every group alone; with another resampler where one is given."""
     alone = work.packed(patches_per_call=1)
-    return lambda: work.encode(alone)
+    return lambda: work.encode(alone, resample)
 
 
 def transformers_pass(work: Work) -> Callable[[], Tokens]:
@@ -226,7 +243,7 @@ def compare(case: Case, dtype: torch.dtype, repeat: int) -> dict[str, Any]:
     with torch.inference_mode():
         packed, other = work.packed(), case.other()
         difference = require_equal(case, work.encode(packed), other())
-        work.network.whole.to(dtype)
+        work.use_dtype(dtype)
         limit = matrix_rate(work.device, dtype)
         sides = {"other": other, "ours": lambda: work.encode(packed), "from_pixels": lambda: work.encode(work.packed())}
         seconds = medians(sides, work.device, repeat)

@@ -42,7 +42,8 @@ def test_it_runs_where_decoders_and_ray_are_absent_and_prints_json_last(tmp_path
     assert result == json.loads(saved.read_text())
     assert {"bench", "ratio", "of_limit", "rows", "machine", "threads", "dtype"} <= set(result)
     assert [(row["title"], row["against"]) for row in result["rows"]] == [
-        ("4.6 crops", "transformers"), ("4.5 crops", "one at a time"), ("4.5 packs", "one at a time")
+        ("4.6 crops", "transformers"), ("4.5 crops", "one at a time"), ("4.5 crops", "one at a time, plain"),
+        ("4.5 packs", "one at a time"),
     ]  # fmt: skip
     for row in result["rows"]:
         assert row["difference"] <= 1e-4
