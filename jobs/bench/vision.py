@@ -19,12 +19,10 @@ from torch import Tensor
 
 from jobs.bench.machine import machine_facts
 from jobs.bench.vision_work import PATCH_PX, SCALES, make_crops, make_network, make_packs, pass_flops
-from operators.minicpmv.encoder import Group, chunks, inverse, most_patches, resampler_of
+from operators.minicpmv.encoder import PATCHES_PER_CALL, Chunk, Group, VisionEncoder, chunks
 from operators.minicpmv.family import FAMILIES, Family, FamilyName
 from operators.minicpmv.network import Network
-from operators.minicpmv.patches import PackedPatches, pack_patches
-from operators.minicpmv.resampler import lay_out
-from operators.minicpmv.vision import encode_patches, merge_patches
+from operators.minicpmv.patches import pack_patches
 
 MERGER: Final[FamilyName] = "minicpmv4_6"
 RESAMPLER: Final[FamilyName] = "minicpmv4_5"
@@ -46,22 +44,13 @@ class SidesDifferError(RuntimeError):
     """The two sides gave different numbers: no time is worth printing."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """What goes through at once: patches on the device, and the groups they are of."""
-
-    packed: PackedPatches
-    groups: list[Group]
-
-
 @dataclass
 class Work:
     """A network and what it is given.
 
     Attributes:
         merge_levels: how often four neighbours become one.
-        patches_per_call: bound on what goes through at once.
-        resample: the resampler that runs on this device, where there is one; see `use_dtype`.
+        encoder: our pass, in the dtype that was last asked for.
     """
 
     network: Network
@@ -69,43 +58,23 @@ class Work:
     groups: list[Group]
     merge_levels: int
     device: torch.device
-    patches_per_call: int
-    resample: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.use_dtype(torch.float32)
 
     def use_dtype(self, dtype: torch.dtype) -> None:
         """Have all weights, and what is made of them, in this dtype."""
         self.network.whole.to(dtype)
-        self.resample = resampler_of(self.network, self.family, self.device)
+        self.encoder = VisionEncoder(self.network, self.family, PATCH_PX, self.device)
 
-    def packed(self, patches_per_call: int | None = None) -> list[Chunk]:
-        """Return the patches of all groups, by call."""
-        bound = self.patches_per_call if patches_per_call is None else patches_per_call
-        return [
-            Chunk(pack_patches([part for group in some for part in group.slices], PATCH_PX, levels, self.device), some)
-            for levels in (self.merge_levels,)
-            for some in chunks(self.groups, PATCH_PX, bound)
-        ]
+    def packed(self) -> list[Chunk]:
+        """Return all groups on the device, as many at once as our pass takes."""
+        bound = self.encoder.patches_per_call
+        return [self.encoder.pack(some, self.merge_levels) for some in chunks(self.groups, PATCH_PX, bound)]
 
-    def encode(self, packed: Sequence[Chunk], resample: Callable[..., Tensor] | None = None) -> Tokens:
-        """Return the tokens of each group by our pass, chunk after chunk; with another resampler where one is given."""
-        chosen = resample or self.resample
-        return [tokens for chunk in packed for tokens in self._encode_chunk(chunk, chosen)]
-
-    def _encode_chunk(self, chunk: Chunk, resample: Callable[..., Tensor] | None) -> Tokens:
-        packed, network = chunk.packed, self.network
-        where = inverse(packed.places)
-        if self.family.connector == "merger":
-            encoded = encode_patches(network.tower, packed, "exact", network.tower.config.insert_layer_id)
-            found = merge_patches(network.connector, encoded).split(
-                [length // 4**self.merge_levels for length in packed.lengths]
-            )
-            return [found[place] for place in where]
-        encoded = encode_patches(network.tower, packed, self.family.position_buckets)
-        numbers = iter(where)
-        packs = [[(next(numbers), time) for time in group.times] for group in chunk.groups]
-        layout = lay_out(packed.grids, packs, network.connector.proj.shape[0], encoded)
-        assert resample is not None
-        return list(resample(encoded, layout))
+    def encode(self, packed: Sequence[Chunk]) -> Tokens:
+        """Return the tokens of each group by our pass, chunk after chunk."""
+        return [tokens for chunk in packed for tokens in self.encoder.encode_chunk(chunk)]
 
 
 @dataclass(frozen=True)
@@ -166,9 +135,7 @@ def make_work(size: str, name: FamilyName, device: torch.device, crops: int | No
     groups = make_packs(scale, crops) if packs else make_crops(scale, family, crops)
     levels = 2 if family.connector == "merger" else 0
     network = make_network(scale, name, device)
-    work = Work(network, family, groups, levels, device, most_patches(scale.inner, device.type))
-    work.use_dtype(torch.float32)
-    return work
+    return Work(network, family, groups, levels, device)
 
 
 def whole_pass(size: str, device: torch.device, crops: int | None) -> Case:
@@ -186,7 +153,7 @@ def single_crops(size: str, device: torch.device, crops: int | None) -> Case:
 def released_crops(size: str, device: torch.device, crops: int | None) -> Case:
     """Return mixed crops of 4.5 against one crop at a time, with the keys and values that the released code has."""
     work = make_work(size, RESAMPLER, device, crops, packs=False)
-    return Case("4.5 crops", "one at a time, plain", work, lambda: one_at_a_time(work, work.network.connector))
+    return Case("4.5 crops", "one at a time, plain", work, lambda: one_at_a_time(work, plain=True))
 
 
 def single_packs(size: str, device: torch.device, crops: int | None) -> Case:
@@ -195,16 +162,22 @@ def single_packs(size: str, device: torch.device, crops: int | None) -> Case:
     return Case("4.5 packs", "one at a time", work, lambda: one_at_a_time(work))
 
 
-def one_at_a_time(work: Work, resample: Callable[..., Tensor] | None = None) -> Callable[[], Tokens]:
-    """Return our pass with every group alone; with another resampler where one is given."""
-    alone = work.packed(patches_per_call=1)
-    return lambda: work.encode(alone, resample)
+def one_at_a_time(work: Work, *, plain: bool = False) -> Callable[[], Tokens]:
+    """Return our pass with every group alone; `plain`: and the resampler as it is released."""
+    alone = VisionEncoder(work.network, work.family, PATCH_PX, work.device, PATCHES_PER_CALL["cuda"])
+    packed = [alone.pack([group], work.merge_levels) for group in work.groups]
+
+    def run() -> Tokens:
+        alone.resample = work.network.connector if plain else work.encoder.resample
+        return [tokens for chunk in packed for tokens in alone.encode_chunk(chunk)]
+
+    return run
 
 
 def transformers_pass(work: Work) -> Callable[[], Tokens]:
     """Return transformers' pass over the same groups, as many at once as ours takes."""
     calls = []
-    for some in chunks(work.groups, PATCH_PX, work.patches_per_call):
+    for some in chunks(work.groups, PATCH_PX, work.encoder.patches_per_call):
         parts = [part for group in some for part in group.slices]
         # One picture after the other as columns of patches, and sizes on the host, where the pass reads them.
         columns = [as_columns(pack_patches([part], PATCH_PX, 0, work.device).pixel_values) for part in parts]
@@ -261,8 +234,8 @@ def compare(case: Case, dtype: torch.dtype, repeat: int) -> dict[str, Any]:
         "ours_from_pixels_seconds": seconds["from_pixels"],
         "ratio": round(seconds["other"] / seconds["ours"], 3),
         "gflop": round(flops / 1e9, 3),
-        "gflops": round(flops / 1e9 / seconds["ours"], 1),
-        "limit_gflops": round(limit / 1e9, 1),
+        "gflops": round(flops / 1e9 / seconds["ours"], 3),
+        "limit_gflops": round(limit / 1e9, 3),
         "of_limit": round(flops / seconds["ours"] / limit, 4),
     }
 

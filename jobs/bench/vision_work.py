@@ -58,7 +58,7 @@ SCALES: Final[dict[str, Scale]] = {
     scale.name: scale
     for scale in (
         Scale("tiny", 48, 96, 4, 4, 1, 256, 64, (4, 12)),
-        Scale("middle", 384, 1536, 12, 6, 3, 1024, 16),
+        Scale("middle", 384, 1536, 12, 6, 3, 1024, 8),
         Scale("full", 1152, 4304, 27, 16, 6, 4096, 64),
     )
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from operators.minicpmv.absorbed import AbsorbedResampler
 from operators.minicpmv.family import Family
 from operators.minicpmv.network import Network
-from operators.minicpmv.patches import pack_patches, slice_views
+from operators.minicpmv.patches import PackedPatches, pack_patches, slice_views
 from operators.minicpmv.resampler import NO_TIME, lay_out
 from operators.minicpmv.vision import encode_patches, merge_patches
 from operators.minicpmv.visual import Visual
@@ -46,6 +46,19 @@ class Group:
     def patch_count(self, patch_px: int) -> int:
         """Return the patches of all slices."""
         return sum(math.prod(part.shape[:2]) for part in self.slices) // patch_px**2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What goes through at once, on the device.
+
+    Attributes:
+        groups: what the tokens are made for.
+        packed: the slices of all groups, in their order; several where one group is more than the tower takes at once.
+    """
+
+    groups: tuple[Group, ...]
+    packed: tuple[PackedPatches, ...]
 
 
 class VisionEncoder:
@@ -92,18 +105,32 @@ class VisionEncoder:
 
     def encode_groups(self, groups: Sequence[Group], merge_levels: int) -> list[Tensor]:
         """Return the visual tokens of each group, (T, D); all go through together."""
+        return self.encode_chunk(self.pack(groups, merge_levels))
+
+    def pack(self, groups: Sequence[Group], merge_levels: int) -> Chunk:
+        """Return the patches of these groups, on the device."""
         slices = [part for group in groups for part in group.slices]
-        packed = pack_patches(slices, self.patch_px, merge_levels, self.device)
-        after = self._window_merger_after(merge_levels)
-        encoded = encode_patches(self.network.tower, packed, self.family.position_buckets, after)
+        runs = split_slices(slices, self.patch_px, self.patches_per_call)
+        packed = (pack_patches(run, self.patch_px, merge_levels, self.device) for run in runs)
+        return Chunk(tuple(groups), tuple(packed))
+
+    def encode_chunk(self, chunk: Chunk) -> list[Tensor]:
+        """Return the visual tokens of each group, (T, D)."""
+        levels = chunk.packed[0].merge_levels
+        after = self._window_merger_after(levels)
+        encoded = [
+            encode_patches(self.network.tower, packed, self.family.position_buckets, after) for packed in chunk.packed
+        ]
+        grids, where = joined(chunk.packed)
+        whole = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
         if self.family.connector == "merger":
-            merged = merge_patches(self.network.connector, encoded)
-            found = merged.split([length // 4**merge_levels for length in packed.lengths])
-            return [found[place] for place in inverse(packed.places)]
-        where = iter(inverse(packed.places))
-        packs = [[(next(where), time) for time in group.times] for group in groups]
-        layout = lay_out(packed.grids, packs, self.network.connector.proj.shape[0], encoded)
-        return list(self.resample(encoded, layout))
+            merged = merge_patches(self.network.connector, whole)
+            found = merged.split([rows * cols // 4**levels for rows, cols in grids])
+            return [found[place] for place in where]
+        numbers = iter(where)
+        packs = [[(next(numbers), time) for time in group.times] for group in chunk.groups]
+        layout = lay_out(grids, packs, self.network.connector.proj.shape[0], whole)
+        return list(self.resample(whole, layout))
 
     def _window_merger_after(self, merge_levels: int) -> int | None:
         """Return the layer after which windows merge: only where patches merge once more than the mergers do."""
@@ -153,6 +180,30 @@ def chunks(groups: Sequence[Group], patch_px: int, patches: int) -> Iterator[lis
         room -= count
     if chunk:
         yield chunk
+
+
+def split_slices(
+    slices: Sequence[NDArray[np.uint8]], patch_px: int, patches: int
+) -> Iterator[Sequence[NDArray[np.uint8]]]:
+    """Yield the slices in order, in runs of at most `patches`; a larger slice goes alone."""
+    start, room = 0, patches
+    for place, part in enumerate(slices):
+        count = math.prod(part.shape[:2]) // patch_px**2
+        if count > room and place > start:
+            yield slices[start:place]
+            start, room = place, patches
+        room -= count
+    yield slices[start:]
+
+
+def joined(packed: Sequence[PackedPatches]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Return the grids of all slices in the order of their patches, and where among them each given slice stands."""
+    grids: list[tuple[int, int]] = []
+    where: list[int] = []
+    for part in packed:
+        where += [len(grids) + place for place in inverse(part.places)]
+        grids += part.grids
+    return grids, where
 
 
 def inverse(places: Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
-"""Fixtures of the operator tests: videos whose frames carry their number."""
+"""Fixtures of the operator tests: videos whose frames carry their number, and a folder of each member."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+
+from operators.minicpmv.tiny import write_tiny_model
+from tests.operators.members import MEMBERS
 
 BITS_PER_SIDE = 4
 
@@ -73,3 +77,19 @@ def make_video_fixture() -> Callable[..., Path]:
 def number_of_fixture() -> Callable[[np.ndarray], int]:
     """Return `number_of`."""
     return number_of
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of each member, in one file of weights; not to be changed."""
+    folders = {}
+    for name in MEMBERS:
+        folders[name] = tmp_path_factory.mktemp(name)
+        write_tiny_model(folders[name], name, shards=1)
+    return folders
+
+
+@pytest.fixture
+def copy_of(made, tmp_path):
+    """Return a function that copies a member's folder, to be changed."""
+    return lambda name: Path(shutil.copytree(made[name], tmp_path / name))

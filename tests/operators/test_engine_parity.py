@@ -12,8 +12,8 @@ from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Request, SamplingParams
 from operators.engine.scheduler import SchedulerConfig
 from operators.minicpmv.tiny import write_tiny_model
+from tests.operators import resampler_pair as resamplers
 from tests.operators import test_merger_parity as mergers
-from tests.operators import test_resampler_parity as resamplers
 from tests.operators.random_packed_prompts import packed_prompts
 from tests.operators.random_prompts import random_prompts
 from tests.operators.test_repetition import loops

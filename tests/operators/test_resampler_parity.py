@@ -1,56 +1,38 @@
 """Towers, resamplers, text models and answers of the members with a resampler, against an independent reference."""
 
-import json
 import os
-import shutil
 import zlib
-from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from operators.generate import Generate, GenerateConfig
 from operators.minicpmv.model import MiniCPMV
 from operators.minicpmv.patches import pack_patches
-from operators.minicpmv.prompt import PromptBuilder, PromptSettings, image_tokens
 from operators.minicpmv.resampler import encode_times, lay_out, sine_cosine
-from operators.minicpmv.slicing import Size, SliceConfig, slice_image
+from operators.minicpmv.slicing import slice_image
 from operators.minicpmv.tiny import write_tiny_model
 from operators.minicpmv.vision import encode_patches, position_buckets
-from operators.minicpmv.visual import Visual
-from operators.prepare import PrepareConfig, PrepareImages
-from schemas.image import Grid
 from tests.operators import golden45
 from tests.operators.random_packed_prompts import packed_prompts
-from tests.operators.reference_resamplers import CLASSES, Reference, rotary_rates, waves
-from tests.operators.rows46 import page_pictures, page_row, table_of
+from tests.operators.reference_resamplers import CLASSES, waves
+from tests.operators.resampler_pair import (
+    CPU,
+    ROWS_AT_ONCE,
+    Pair,
+    built_ids,
+    difference,
+    largest_difference,
+    our_parts,
+    visual_of,
+)
 from tests.operators.test_merger_parity import MAX_NEW_TOKENS, our_answers
 
 PROMPTS_EACH = int(os.environ.get("PAGEREEL_PARITY_PROMPTS", "40"))
 """Random prompts for each member."""
 
-ROWS_AT_ONCE = 8
 LARGEST_DIFFERENCE = 1e-4
-CPU = torch.device("cpu")
-QWENS = [family for family in CLASSES if family != "minicpmv4_0"]
-
-
-class Pair:
-    """One tiny checkpoint, loaded by us and by the reference."""
-
-    def __init__(self, folder, family):
-        self.folder = folder
-        self.family = family
-        self.model = MiniCPMV(folder, device=CPU, dtype=torch.float32, attention="sdpa")
-        self.builder = PromptBuilder(self.model.config)
-        self.reference = Reference(folder, family)
-
-    @property
-    def packs(self):
-        """Whether frames of a clip are resampled together."""
-        return self.model.config.family.clip_rule == "packed"
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -64,11 +46,6 @@ def pair(request, tmp_path_factory):
 def _no_gradients():
     with torch.inference_mode():
         yield
-
-
-def difference(found, wanted):
-    assert found.shape == wanted.shape
-    return float((found - wanted).abs().max())
 
 
 def normalised(image):
@@ -203,101 +180,6 @@ def test_the_text_model_alone_answers_as_transformers_class_does(pair):
         assert difference(logits, wanted[1]) < LARGEST_DIFFERENCE
 
 
-def sliced_parts(prompt, cut, packs):
-    """Parts of a prompt in order, `(kind, grid, frames, groups)` for each image, frame or pack; a group is the slices
-    that are resampled together, and their temporal ids.
-
-    Args:
-        prompt: the prompt.
-        cut: a picture to its slices and its grid.
-        packs: whether frames are resampled together.
-    """
-    parts = []
-    for kind, index in prompt.content:
-        if kind == "image":
-            slices, grid = cut(prompt.images[index])
-            parts.append(("image", grid, 1, [([part], (-1,)) for part in slices]))
-        elif kind == "video":
-            frames = iter(prompt.frames)
-            for times in prompt.packs:
-                made = [cut(next(frames)) for _ in times]
-                cells = zip(*(slices for slices, _ in made), strict=True)
-                groups = [(list(cell), times if packs else (-1,)) for cell in cells]
-                parts.append(("video", made[0][1], len(times), groups))
-        else:
-            parts.append(("text", index, 0, []))
-    return parts
-
-
-def our_parts(pair, prompt):
-    def cut(picture):
-        sliced = slice_image(picture, prompt.slicing)
-        return sliced.slices, sliced.grid
-
-    return sliced_parts(prompt, cut, pair.packs)
-
-
-def visual_of(pair, prompt, parts):
-    groups = [group for *_, own in parts for group in own]
-    if not groups:
-        return None
-    pieces = [piece for slices, _ in groups for piece in slices]
-    packs = tuple(tuple(times) for _, times in groups) if pair.packs and prompt.frames else None
-    pixels = np.concatenate([piece.reshape(-1) for piece in pieces])
-    return Visual(pixels, tuple(Size(*piece.shape[:2]) for piece in pieces), packs)
-
-
-def built_ids(pair, prompt, parts):
-    """The prompt as our builder makes it, pictures before the text."""
-    pictures = [(grid, frames, groups) for kind, grid, frames, groups in parts if kind != "text"]
-    shapes = [Size(*piece.shape[:2]) for *_, groups in pictures for slices, _ in groups for piece in slices]
-    images = image_tokens(
-        shapes, [Grid(*grid) for grid, *_ in pictures], prompt.slicing, [frames for _, frames, _ in pictures]
-    )
-    kind = "video" if prompt.frames else "image"
-    settings = PromptSettings(kind=kind, use_image_id=prompt.use_image_id, thinking=prompt.thinking)
-    return pair.builder.build(prompt.content[-1][1], images, settings)
-
-
-def reference_ids(pair, prompt, parts):
-    """The prompt as chat template and tokenizer make it of a text with placeholders."""
-    numbers = accumulate((frames for _, _, frames, _ in parts), initial=0)
-    texts = [
-        what if kind == "text" else pair.reference.placeholder(what, number if prompt.use_image_id else None)
-        for (kind, what, *_), number in zip(parts, numbers, strict=False)
-    ]
-    thinking = prompt.thinking if pair.model.config.thinks else None
-    return pair.reference.prompt_ids("\n".join(texts), thinking=thinking)
-
-
-def largest_difference(pair, prompts):
-    """Compare one batch; return the largest absolute difference of a logit, and the answers."""
-    visuals, all_ids, wanted = [], [], []
-    for prompt in prompts:
-        ours = our_parts(pair, prompt)
-        theirs = sliced_parts(
-            prompt,
-            lambda picture, own=prompt.slicing: pair.reference.crops(picture, own.max_slices, own.slice_side_px),
-            pair.packs,
-        )
-        ids = built_ids(pair, prompt, ours) if prompt.is_plain else reference_ids(pair, prompt, theirs)
-        if not prompt.spells:
-            # The reference takes spelled special tokens for special tokens; we do not.
-            assert ids == reference_ids(pair, prompt, theirs)
-        groups = [group for *_, own in theirs for group in own]
-        features = pair.reference.features(groups) if groups else torch.zeros(0, 1, 1)
-        embeddings = pair.reference.embeddings(ids, features, pair.model.config.tokens.image_pad)
-        wanted.append(pair.reference.answer(embeddings, pair.model.stop_ids, max_new_tokens=MAX_NEW_TOKENS))
-        visuals.append(visual_of(pair, prompt, ours))
-        all_ids.append(ids)
-    answers = our_answers(pair.model, all_ids, visuals)
-    largest = 0.0
-    for (tokens, logits), (wanted_tokens, wanted_logits) in zip(answers, wanted, strict=True):
-        assert tokens == wanted_tokens
-        largest = max(largest, difference(logits, wanted_logits))
-    return largest, [tuple(tokens) for tokens, _ in wanted]
-
-
 def prompts_for(family):
     return packed_prompts(family, PROMPTS_EACH, seed=zlib.crc32(family.encode()))
 
@@ -347,142 +229,6 @@ def test_bfloat16_stays_close_to_float32(pair):
     for (_, exact), (_, close) in zip(wanted, found, strict=True):
         assert close.dtype == torch.bfloat16
         assert difference(close[0].float(), exact[0]) < 0.15 * float(exact[0].abs().max())
-
-
-def changed_copy(folder, target, change_config=None, change_tensors=None):
-    """Copy a checkpoint, its `config.json` and its tensors changed in place by these functions."""
-    shutil.copytree(folder, target)
-    if change_config is not None:
-        config = json.loads((target / "config.json").read_text())
-        change_config(config)
-        (target / "config.json").write_text(json.dumps(config))
-    for path in target.glob("*.safetensors") if change_tensors is not None else ():
-        tensors = load_file(path)
-        change_tensors(tensors)
-        save_file(tensors, path, {"format": "pt"})
-    return target
-
-
-def make_exclamation_marks_likely(tensors):
-    if "llm.lm_head.weight" in tensors:
-        tensors["llm.lm_head.weight"][0] *= 3
-
-
-@pytest.fixture(scope="module", params=QWENS)
-def exclaiming(request, tmp_path_factory):
-    """A checkpoint that writes the token 0, `!`, often."""
-    base = tmp_path_factory.mktemp(request.param)
-    (base / "plain").mkdir()
-    write_tiny_model(base / "plain", request.param)
-    folder = changed_copy(base / "plain", base / "exclaiming", change_tensors=make_exclamation_marks_likely)
-    return Pair(folder, request.param)
-
-
-def test_an_exclamation_mark_in_a_prompt_is_read(exclaiming):
-    """Its id is 0 in the vocabularies of Qwen, and the released processors of 4.5 and 2.6 mask what is 0."""
-    settings = PromptSettings(kind="image", use_image_id=True)
-    ids = exclaiming.builder.build("Stop! Read this! !", [], settings)
-    assert ids.count(0) == 3
-    longer = exclaiming.builder.build("A neighbour in the batch, which is longer! And longer!", [], settings)
-    [(_, found), _] = our_answers(exclaiming.model, [ids, longer], [None, None])
-    embeddings = exclaiming.reference.text.get_input_embeddings()(torch.tensor([ids]))
-    _, wanted = exclaiming.reference.answer(embeddings, exclaiming.model.stop_ids, max_new_tokens=1)
-    assert difference(found[:1], wanted) < LARGEST_DIFFERENCE
-    mask = (torch.tensor([ids]) != 0).long()
-    masked = exclaiming.reference.text(
-        inputs_embeds=embeddings, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
-    ).logits[:, -1]
-    assert difference(masked, wanted) > 0.1
-
-
-def test_exclamation_marks_of_an_answer_stay_in_its_text(exclaiming):
-    slicing = SliceConfig(slice_side_px=112, max_slices=4, query_count=64)
-    pictures = page_pictures(4)
-    prepare = PrepareImages(PrepareConfig(model_folder=str(exclaiming.folder), slicing=slicing))
-    table = prepare(table_of(*(page_row(picture, record_key=str(row)) for row, picture in enumerate(pictures))))
-    generate = Generate(
-        GenerateConfig(model_folder=str(exclaiming.folder), device="cpu", dtype="fp32", max_new_tokens=MAX_NEW_TOKENS)
-    )
-    try:
-        rows = generate(table).to_pylist()
-    finally:
-        generate.close()
-    marks = 0
-    for row, picture in zip(rows, pictures, strict=True):
-        crops, _ = exclaiming.reference.crops(picture, slicing.max_slices, slicing.slice_side_px)
-        features = exclaiming.reference.features([([crop], (-1,)) for crop in crops])
-        embeddings = exclaiming.reference.embeddings(
-            row["prompt_ids"], features, exclaiming.model.config.tokens.image_pad
-        )
-        stop_ids = exclaiming.model.stop_ids
-        tokens, _ = exclaiming.reference.answer(embeddings, stop_ids, max_new_tokens=MAX_NEW_TOKENS)
-        assert row["completion"] == exclaiming.reference.tokenizer.decode(tokens).strip()
-        assert row["completion"].count("!") == tokens.count(0)
-        marks += 0 < tokens.count(0) < len(tokens) - 1
-    assert marks >= 2
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("minicpmv4_0")
-    write_tiny_model(folder, "minicpmv4_0")
-    return folder
-
-
-def with_factors(factors, **others):
-    def change(config):
-        config["rope_scaling"] |= {"long_factor": factors, "short_factor": factors} | others
-
-    return change
-
-
-def without_scaling(config):
-    del config["rope_scaling"]
-
-
-def text_logits(folder, ids):
-    """Logits after one prompt of text."""
-    model = MiniCPMV(folder, device=CPU, dtype=torch.float32, attention="sdpa")
-    [(_, logits)] = our_answers(model, [ids], [None])
-    return logits[0]
-
-
-FACTORS = [round(1.0 + 0.37 * index + 0.05 * index**2, 3) for index in range(16)]
-
-
-def test_rotary_factors_of_4_0_divide_the_rates(llama, tmp_path):
-    changed = changed_copy(llama, tmp_path / "changed", with_factors(FACTORS))
-    pair = Pair(changed, "minicpmv4_0")
-    exact = 1 / (np.array(FACTORS) * 10000.0 ** (np.arange(0, 32, 2) / 32))
-    rotary = pair.model.network.text.rotary_emb
-    for count in (10, 32_000):
-        positions = torch.tensor([[0, 1, count - 1]])
-        cosines, sines = rotary(torch.zeros(1, 3, 256), positions)
-        angles = positions[0, :, None].double().numpy() * np.concatenate([exact, exact])
-        assert np.abs(cosines[0].numpy() - np.cos(angles)).max() < 3e-7 * count
-        assert np.abs(sines[0].numpy() - np.sin(angles)).max() < 3e-7 * count
-    np.testing.assert_allclose(rotary_rates(32, 10000.0, FACTORS), exact, rtol=5e-7)
-    largest, answers = largest_difference(pair, packed_prompts("minicpmv4_0", 8, seed=11))
-    assert largest < LARGEST_DIFFERENCE
-    assert len(set(answers)) > 4
-
-
-def test_a_factor_of_one_is_plain_rotation(llama, tmp_path):
-    ids = np.random.default_rng(0).integers(3, 300, 400).tolist()
-    ones = text_logits(changed_copy(llama, tmp_path / "ones", with_factors([1.0] * 16)), ids)
-    plain = text_logits(changed_copy(llama, tmp_path / "plain", without_scaling), ids)
-    assert difference(ones, plain) < 1e-5
-    assert difference(text_logits(llama, ids), plain) > 0.1
-
-
-def test_a_list_of_factors_is_enough(llama, tmp_path):
-    """Without a factor of its own the length that the model was trained on says how attention is scaled: not at all."""
-    ids = np.random.default_rng(1).integers(3, 300, 200).tolist()
-
-    def change(config):
-        del config["rope_scaling"]["factor"]
-
-    assert torch.equal(text_logits(changed_copy(llama, tmp_path / "bare", change), ids), text_logits(llama, ids))
 
 
 def test_what_else_the_golden_file_holds_is_reproduced():
