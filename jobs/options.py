@@ -21,8 +21,9 @@ GROUPS = {
     ),
     "Model": (
         "engine", "model", "revision", "device", "dtype", "prompt", "thinking", "max_new_tokens", "temperature",
+        "constrain", "attempts",
     ),
-    "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id"),
+    "Pages": ("dpi", "max_pixels", "downsample", "small_image_upsize", "max_slices", "use_image_id", "second_look"),
     "Videos": ("segment_seconds", "fps", "max_frames", "stack_frames", "packing", "max_packing", "video_max_slices"),
     "Server": (
         "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds", "endpoint_image",

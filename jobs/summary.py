@@ -42,7 +42,8 @@ def print_summary(summary: RunSummary) -> None:
     table.add_row("this call", Text(_work(summary)))
     table.add_row("time", Text(_times(summary.seconds)))
     if summary.output_tokens:
-        table.add_row("tokens", Text(f"{summary.output_tokens} written, {summary.image_tokens} visual"))
+        wasted = f" and {summary.tokens_wasted} in vain" if summary.tokens_wasted else ""
+        table.add_row("tokens", Text(f"{summary.output_tokens} written{wasted}, {summary.image_tokens} visual"))
     if summary.cost is not None:
         per_million = summary.cost_per_million_pages
         table.add_row(

@@ -1,6 +1,6 @@
 """The answers of a model or a server, written into the rows that asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -14,7 +14,11 @@ ANSWERED: Final = pa.schema([*GENERATION, *FAILURES])
 
 
 def with_answers(
-    table: pa.Table, answers: Mapping[int, Mapping[str, Any]], outcomes: Mapping[int, object], component: str
+    table: pa.Table,
+    answers: Mapping[int, Mapping[str, Any]],
+    outcomes: Mapping[int, object],
+    component: str,
+    lost: Mapping[int, Sequence[Mapping[str, Any]]] | None = None,
 ) -> pa.Table:
     """Return `table` with the generation columns of the rows that asked, and the errors of those that got none.
 
@@ -23,16 +27,19 @@ def with_answers(
         answers: values of `GENERATION`, by row.
         outcomes: by row; a `RecordError` becomes the row's error.
         component: who asked, for the error.
+        lost: by row, the failures of attempts before the last; they go to `recovered`.
     """
     columns: dict[str, list[Any]] = {}
     for name in GENERATION.names:
         before = table[name].to_pylist() if name in table.schema.names else [None] * table.num_rows
         columns[name] = [answers[row][name] if row in answers else before[row] for row in range(table.num_rows)]
-    errors = table["error"].to_pylist()
+    errors, survived = table["error"].to_pylist(), table["recovered"].to_pylist()
     for row, outcome in outcomes.items():
         if isinstance(outcome, RecordError):
-            errors[row] = error_struct(outcome, component)
-    return with_columns(table, columns | {"error": errors}, ANSWERED)
+            errors[row] = error_struct(outcome, component, attempt=answers[row]["attempt"])
+        if lost and lost.get(row):
+            survived[row] = [*(survived[row] or ()), *lost[row]]
+    return with_columns(table, columns | {"error": errors, "recovered": survived}, ANSWERED)
 
 
 def asks_model(table: pa.Table, row: int) -> bool:

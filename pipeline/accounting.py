@@ -31,6 +31,7 @@ class Accounting:
         planned: distinct planned records; `planned_by_kind` splits them.
         committed: planned records whose rows are committed.
         owed: planned records without.
+        second_looks_owed: of these, pages on which the model failed and that it has not seen with other pixels yet.
         superseded: committed records that the present plan does not want: the source or the settings changed.
         statuses: committed records of the plan by status.
         published_rows: rows of the published `pages` and `video_segments`, None before the first publication.
@@ -46,6 +47,7 @@ class Accounting:
     planned_by_kind: Counter[str] = field(default_factory=Counter)
     committed: int = 0
     owed: int = 0
+    second_looks_owed: int = 0
     superseded: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     error_rows: int = 0
@@ -73,7 +75,7 @@ class Accounting:
             ("sources", f"{self.sources} ({self.failed_sources} could not be opened)"),
             ("planned", f"{self.planned} " + _parts(self.planned_by_kind)),
             ("committed", f"{self.committed} " + _parts(self.statuses)),
-            ("owed", str(self.owed)),
+            ("owed", str(self.owed) + (f" ({self.second_looks_owed} a second look)" if self.second_looks_owed else "")),
             ("published", "not yet" if self.published_rows is None else f"{self.published_rows} rows"),
         ]
         if self.superseded:
@@ -120,6 +122,7 @@ def _count_plan(plan: PlanReader, committed: CommittedRecords, result: Accountin
         result.failed_sources += table.num_rows - table["error"].null_count
         result.planned += int(fresh.sum())
         result.owed += int((fresh & owed).sum())
+        result.second_looks_owed += int((fresh & committed.wait_for_second_look(keys)).sum())
         result.planned_by_kind.update(kinds[fresh].tolist())
         for key in (keys[place] for place in np.flatnonzero(fresh & ~owed).tolist()):
             result.statuses[str(committed.status_of(key))] += 1

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from operators.answer_schema import built_in_schema
+from operators.attempts import FURTHER_ATTEMPTS
 from operators.decode.clips import DecodeClipsConfig
 from operators.decode.documents import DecodeDocumentsConfig
 from operators.endpoint.ask import AskEndpointConfig
@@ -28,6 +30,7 @@ from pipeline.dials import LARGEST_SEGMENT_PIXELS_BYTES, clip_slicing, page_slic
 from pipeline.endpoint import ask_config, frame_sampling, frame_size, picture_settings, sampling_of
 from pipeline.endpoint import segment_bytes as sent_segment_bytes
 from pipeline.reading import Reading
+from pipeline.second_look import second_look as second_look_of
 from pipeline.sink import WriteRecordsConfig
 from pipeline.spec import RunSpec
 from pipeline.versions import versions
@@ -132,6 +135,12 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
         "slicing": page_slicing(spec, reading.model).model_dump(),
         "prompt": prompt_for(spec.task, "pdf", spec.prompt).sha256,
     }
+    schema = _answer_schema(spec, reading)
+    if schema:
+        pages["answer_schema"] = digest(schema)
+    looks = second_look_of(spec, reading)
+    if looks:
+        pages["second_look"] = looks.other.model_dump()
     segments = shared | {
         "temporal": _temporal(spec, reading).model_dump(),
         "slicing": _clip_slicing(spec, reading).model_dump(),
@@ -157,6 +166,7 @@ def compose(
     gpu_count: int,
     has_videos: bool = True,
     pass_index: int = 0,
+    is_second_look: bool = False,
 ) -> FlowConfig:
     """Return the options of every operator.
 
@@ -169,11 +179,15 @@ def compose(
         gpu_count: GPUs there are; 0 runs the model on the CPU.
         has_videos: whether segments are among the records; their pixels bound how many go together.
         pass_index: above 0, rows of this call replace those of earlier passes.
+        is_second_look: pages are shown to the model with other slices than those it failed on.
     """
     settings = planning_settings(spec, reading)
+    looks = second_look_of(spec, reading)
     folder = str(reading.model.folder) if reading.model else None
     family = _family(reading)
     pages, clips = page_slicing(spec, reading.model), _clip_slicing(spec, reading)
+    if is_second_look and looks:
+        pages = looks.other
     temporal = _temporal(spec, reading)
     fetch = FetchConfig()
     decode_params = canonical_json([reading.model_id, reading.model_revision, _decode_params(spec, reading)])
@@ -182,8 +196,9 @@ def compose(
         "use_image_id": spec.use_image_id,
         "thinking": spec.thinking,
         "custom_prompt": spec.prompt,
-        "decode_params": decode_params,
     }
+    schema = _answer_schema(spec, reading)
+    page_params = canonical_json([decode_params, digest(schema)]) if schema else decode_params
     reads_pages = spec.task in ("ocr", "parse") and spec.text_layer != "only"
     gpus = min(gpu_count, spec.gpus) if spec.gpus is not None else gpu_count
     return FlowConfig(
@@ -210,8 +225,8 @@ def compose(
             fetch=fetch,
         ),
         skip_videos=None if reading.asks_model else SkipSegmentsConfig(reason="the CPU engine reads pages, not videos"),
-        prepare_pages=PrepareConfig(slicing=pages, **prepare),
-        prepare_clips=PrepareConfig(slicing=clips, **prepare),
+        prepare_pages=PrepareConfig(slicing=pages, decode_params=page_params, **prepare),
+        prepare_clips=PrepareConfig(slicing=clips, decode_params=decode_params, **prepare),
         encode=EncodeConfig(
             encoding=spec.endpoint_image,
             jpeg_quality=spec.endpoint_jpeg_quality,
@@ -222,7 +237,11 @@ def compose(
         else None,
         generate=_generate(spec, reading) if reading.model else None,
         ask=ask_config(spec, reading.server) if reading.server else None,
-        parse=ParseCompletionsConfig(cpu_fallback=reads_pages),
+        parse=ParseCompletionsConfig(
+            cpu_fallback=reads_pages,
+            second_look=None if is_second_look else looks,
+            is_second_look=is_second_look,
+        ),
         read=ReadPagesConfig() if reads_pages else None,
         write=WriteRecordsConfig(
             run_uri=run_uri,
@@ -231,6 +250,7 @@ def compose(
             downsample_mode=pages.downsample_mode if family and family.connector == "merger" else None,
             max_slice_nums=pages.max_slices if reading.model else None,
             clip_max_slice_nums=clips.max_slices if reading.model else None,
+            max_attempts=(spec.attempts if reading.model else 1) * (2 if looks else 1) if reading.asks_model else None,
             pass_index=pass_index,
         ),
         settings_digest=settings.digest,
@@ -253,11 +273,22 @@ def _generate(spec: RunSpec, reading: Reading) -> GenerateConfig:
             "device": "cuda" if reading.uses_gpu else "cpu",
             "dtype": _dtype(spec, reading),
             "gpu_count": max(1, int(spec.gpus_per_worker)) if reading.uses_gpu else 1,
+            "gpu_share": min(1.0, spec.gpus_per_worker) if reading.uses_gpu else 1.0,
             "max_new_tokens": _max_new_tokens(spec, reading),
             "scheduler": GPU_SCHEDULER if reading.uses_gpu else CPU_SCHEDULER,
             "temperature": spec.temperature,
+            "cuda_graphs": spec.cuda_graphs,
+            "further_attempts": FURTHER_ATTEMPTS[: spec.attempts - 1],
+            "answer_schema": _answer_schema(spec, reading),
         }
     )
+
+
+def _answer_schema(spec: RunSpec, reading: Reading) -> str | None:
+    """Return the JSON schema that answers about pages are held to; None where they are free."""
+    if reading.model is None or spec.prompt is not None or spec.constrain == "never":
+        return None
+    return built_in_schema(spec.task, "pdf")
 
 
 def _temporal(spec: RunSpec, reading: Reading) -> StackedConfig | PackedConfig | FramesConfig:
@@ -311,7 +342,14 @@ def _decode_params(spec: RunSpec, reading: Reading) -> str:
         return canonical_json(sampling_of(spec).model_dump(exclude={"logprobs"}))
     if reading.model is None:
         return "{}"
-    return canonical_json({"max_new_tokens": _max_new_tokens(spec, reading), "temperature": spec.temperature})
+    further = [attempt.model_dump() for attempt in FURTHER_ATTEMPTS[: spec.attempts - 1]]
+    return canonical_json(
+        {
+            "max_new_tokens": _max_new_tokens(spec, reading),
+            "temperature": spec.temperature,
+            "further_attempts": further,
+        }
+    )
 
 
 def _family(reading: Reading) -> Family | None:

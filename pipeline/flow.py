@@ -9,6 +9,9 @@
     units of videos ------ DecodeClips ----- PrepareClips ----'                                   |
                                                                   WriteRecords --- ReadPages -----'
 
+A page on which the model failed may leave the flow owed a second look: the same steps then run once more over these
+pages, with other slices, and their rows replace the first.
+
 A dash joins steps of one worker; three dashes are a hand-over through the object store. Where a server reads, the steps
 before the meeting are `EncodePages` and `EncodeClips`, and `AskEndpoint` stands in the place of `Generate`.
 """

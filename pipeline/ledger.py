@@ -1,7 +1,8 @@
 """The ledger: which records are committed, and where their rows are.
 
 A sink call writes its part files, then one commit record that names them. A part without a commit does not exist; of
-several commits of one record the earliest wins, unless a later pass over the run was asked to answer it again.
+several commits of one record the earliest wins, unless a later pass over the run was asked to answer it again. A record
+whose commit says that it waits for a second look stays owed until such a pass has answered it.
 
 Layout::
 
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.key_index import KeyIndex
+from pipeline.key_index import Entry, KeyIndex
 from pipeline.storage import Storage
 from schemas.errors import ContractError, TransientError
 from schemas.ids import digest
@@ -39,6 +40,8 @@ GARBAGE_AGE_SECONDS = 3600.0
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 RETRYABLE_BIT = 1 << 8
+SECOND_LOOK_BIT = 1 << 9
+_STATUS_BITS = RETRYABLE_BIT - 1
 
 Clock = Callable[[], datetime]
 
@@ -62,8 +65,9 @@ class CommitRecord(BaseModel):
         records: record keys of each unit.
         statuses: their statuses, in the same order.
         retryable: record keys whose failure may pass by itself.
+        second_look: record keys whose rows do not count yet: they failed, and a later pass looks at them once more.
         pass_index: 0, or the number of the later pass that answered these records again.
-        tokens: sums over the part: `prompt_tokens`, `image_tokens`, `output_tokens`, `tokens_saved`.
+        tokens: sums over the part: `prompt_tokens`, `image_tokens`, `output_tokens`, `tokens_saved`, `tokens_wasted`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,6 +81,7 @@ class CommitRecord(BaseModel):
     records: dict[str, list[str]]
     statuses: dict[str, list[str]]
     retryable: tuple[str, ...] = ()
+    second_look: tuple[str, ...] = ()
     tokens: dict[str, int] = {}
     error_rows: int = 0
     ledger_hits: int = 0
@@ -118,6 +123,7 @@ class Ledger:
         records: Mapping[str, list[str]],
         statuses: Mapping[str, list[str]],
         retryable: Iterable[str] = (),
+        second_look: Iterable[str] = (),
         tokens: Mapping[str, int] | None = None,
         pass_index: int = 0,
         ledger_hits: int = 0,
@@ -131,6 +137,7 @@ class Ledger:
             records: record keys of each unit.
             statuses: their statuses, in the same order.
             retryable: record keys whose failure may pass by itself.
+            second_look: record keys that stay owed until a later pass has looked at them once more.
             tokens: token sums for the display.
             pass_index: above 0, these records replace those of earlier passes.
             ledger_hits: rows that were copied from another ledger.
@@ -140,7 +147,7 @@ class Ledger:
             ContractError: a status is outside the vocabulary.
         """
         for word in {status for values in statuses.values() for status in values}:
-            _state(word, retryable=False)
+            _state(word)
         files = tuple(self._write_part(part_id, name, table) for name, table in tables.items() if table.num_rows)
         now = self._clock()
         if (now - part_time(part_id)).total_seconds() > GARBAGE_AGE_SECONDS / 2:
@@ -155,6 +162,7 @@ class Ledger:
             records=dict(records),
             statuses=dict(statuses),
             retryable=tuple(retryable),
+            second_look=tuple(second_look),
             tokens=dict(tokens or {}),
             error_rows=sum(file.rows for file in files if file.table == "errors"),
             ledger_hits=ledger_hits,
@@ -236,69 +244,98 @@ class Ledger:
     def _take(self, commit: CommitRecord) -> None:
         number = len(self._ranks)
         self._ranks.append(commit.rank)
-        retryable = set(commit.retryable)
+        retryable, second_look = set(commit.retryable), set(commit.second_look)
         for unit_id, keys in commit.records.items():
             for key, status in zip(keys, commit.statuses[unit_id], strict=True):
-                self._index.add(key, number, _state(status, retryable=key in retryable))
+                state = _state(status, retryable=key in retryable, second_look=key in second_look)
+                self._index.add(key, number, state)
         self.totals.update(commit.tokens)
         self.totals.update(commits=1, error_rows=commit.error_rows, ledger_hits=commit.ledger_hits)
 
 
 class CommittedRecords:
-    """Which records are done, and in which part; a view that grows with its ledger's `refresh`."""
+    """Which records are done, and in which part; a view that grows with its ledger's `refresh`.
+
+    A record that waits for a second look is not done: it is owed, has no status and no part, until that is committed.
+    """
 
     def __init__(self, index: KeyIndex, ranks: Sequence[tuple[int, str, str]]) -> None:
         self._index = index
         self._ranks = ranks
 
     def __len__(self) -> int:
-        return len(self._index)
+        return sum(self.status_counts().values())
 
     def __contains__(self, record_key: object) -> bool:
-        return record_key in self._index
+        return isinstance(record_key, str) and self._done(record_key) is not None
 
     def part_of(self, record_key: str) -> str | None:
         """Return the part that holds the row of `record_key`."""
-        entry = self._index.get(record_key)
+        entry = self._done(record_key)
         return None if entry is None else self._ranks[entry.commit][2]
 
     def status_of(self, record_key: str) -> str | None:
         """Return the status of `record_key`, None where it is owed."""
-        entry = self._index.get(record_key)
-        return None if entry is None else STATUSES[entry.state & ~RETRYABLE_BIT]
+        entry = self._done(record_key)
+        return None if entry is None else STATUSES[entry.state & _STATUS_BITS]
 
     def parts_of(self, record_keys: Sequence[str]) -> list[str | None]:
         """Return `part_of` each key."""
+        commits, states = self._index.lookup(record_keys)
+        return self._part_ids(commits, (commits >= 0) & (states & SECOND_LOOK_BIT == 0))
+
+    def first_look_parts_of(self, record_keys: Sequence[str]) -> list[str | None]:
+        """Return the part that holds the failure of each key that waits for a second look, None for the others."""
         commits, _ = self._index.lookup(record_keys)
-        return [None if commit < 0 else self._ranks[commit][2] for commit in commits.tolist()]
+        return self._part_ids(commits, self.wait_for_second_look(record_keys))
 
     def status_counts(self) -> dict[str, int]:
         """Return how many committed records have each status."""
         counts: Counter[str] = Counter()
         for state, count in self._index.state_counts().items():
-            counts[STATUSES[state & ~RETRYABLE_BIT]] += count
+            if not state & SECOND_LOOK_BIT:
+                counts[STATUSES[state & _STATUS_BITS]] += count
         return dict(counts)
 
     def owed(self, record_keys: Sequence[str], again: "Again | None" = None) -> npt.NDArray[np.bool_]:
-        """Return for each key whether it is owed: not committed, or wanted `again`."""
+        """Return for each key whether it is owed: not committed, waiting for a second look, or wanted `again`."""
         commits, states = self._index.lookup(record_keys)
-        owed: npt.NDArray[np.bool_] = commits < 0
+        owed: npt.NDArray[np.bool_] = (commits < 0) | (states & SECOND_LOOK_BIT != 0)
         if again is None:
             return owed
         for place in np.flatnonzero(~owed).tolist():
             state = int(states[place])
             owed[place] = again.wants(
-                STATUSES[state & ~RETRYABLE_BIT], bool(state & RETRYABLE_BIT), -self._ranks[int(commits[place])][0]
+                STATUSES[state & _STATUS_BITS], bool(state & RETRYABLE_BIT), -self._ranks[int(commits[place])][0]
             )
         return owed
 
+    def wait_for_second_look(self, record_keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each key whether its first look is committed and its second is owed."""
+        commits, states = self._index.lookup(record_keys)
+        waiting: npt.NDArray[np.bool_] = (commits >= 0) & (states & SECOND_LOOK_BIT != 0)
+        return waiting
+
+    def second_look_count(self) -> int:
+        """Return how many records wait for a second look."""
+        return sum(count for state, count in self._index.state_counts().items() if state & SECOND_LOOK_BIT)
+
     def retryable_count(self) -> int:
         """Return how many committed records failed for a reason that may pass by itself."""
-        return sum(count for state, count in self._index.state_counts().items() if state & RETRYABLE_BIT)
+        bits = RETRYABLE_BIT | SECOND_LOOK_BIT
+        return sum(count for state, count in self._index.state_counts().items() if state & bits == RETRYABLE_BIT)
 
     def last_pass(self) -> int:
         """Return the highest pass index that was committed."""
         return max((-rank[0] for rank in self._ranks), default=0)
+
+    def _done(self, record_key: str) -> Entry | None:
+        entry = self._index.get(record_key)
+        return None if entry is None or entry.state & SECOND_LOOK_BIT else entry
+
+    def _part_ids(self, commits: npt.NDArray[np.int32], wanted: npt.NDArray[np.bool_]) -> list[str | None]:
+        pairs = zip(commits.tolist(), wanted.tolist(), strict=True)
+        return [self._ranks[commit][2] if is_wanted else None for commit, is_wanted in pairs]
 
 
 class Again(BaseModel):
@@ -352,7 +389,7 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def _state(status: str, *, retryable: bool) -> int:
+def _state(status: str, *, retryable: bool = False, second_look: bool = False) -> int:
     if status not in STATUSES:
         raise ContractError(f"status {status!r} is not in the closed vocabulary {list(STATUSES)}")
-    return STATUSES.index(status) | (RETRYABLE_BIT if retryable else 0)
+    return STATUSES.index(status) | RETRYABLE_BIT * retryable | SECOND_LOOK_BIT * second_look

@@ -34,9 +34,10 @@ SOURCES_AT_ONCE = 5000
 PARTS_KEPT = 4
 
 _LISTED = ("size_bytes", "version_tag")
+_NOT_KEPT = ("password", "survived")
 PLANNED_UNIT: Final = pa.schema(
     [
-        *(item for item in UNIT if item.name != "password"),
+        *(item for item in UNIT if item.name not in _NOT_KEPT),
         *(SOURCE.field(name) for name in _LISTED),
         pa.field("source_name", pa.binary(16)),
         pa.field("source_version", pa.binary(16)),
@@ -44,7 +45,8 @@ PLANNED_UNIT: Final = pa.schema(
         pa.field("planned_at", CREATED_AT),
     ]
 )
-"""A unit as it is kept: with what its source looked like when it was listed, without its password.
+"""A unit as it is kept: with what its source looked like when it was listed, without its password and without what its
+records survived since.
 
 `source_name` stands for uri, archive member, page ranges and time range as listed; `source_version` for size, version
 tag and the settings that shaped the units."""
@@ -89,7 +91,7 @@ def write_plan_part(
     if set(owners) != set(places):
         raise ContractError(f"units belong to sources {sorted(set(owners) ^ set(places))[:5]} that were not probed")
     rows = pa.array([places[index] for index in owners], pa.int64())
-    table = _without_secrets(units.drop_columns(["password"]))
+    table = _without_secrets(units.drop_columns(list(_NOT_KEPT)))
     listed = sources.to_pylist()
     columns = {
         "source_name": pa.array([_source_name(row) for row in listed], pa.binary(16)).take(rows),
@@ -181,7 +183,10 @@ def read_plan(storage: Storage) -> Iterator[pa.Table]:
 
 
 def as_units(
-    planned: pa.Table, passwords: Mapping[int, str] | None = None, addresses: Mapping[int, str] | None = None
+    planned: pa.Table,
+    passwords: Mapping[int, str] | None = None,
+    addresses: Mapping[int, str] | None = None,
+    survived: Mapping[str, list[dict[str, Any]]] | None = None,
 ) -> pa.Table:
     """Return PLANNED_UNIT rows as UNIT rows.
 
@@ -189,17 +194,26 @@ def as_units(
         planned: rows of the plan.
         passwords: password of each source that has one, by `source_index`; they come from the listing.
         addresses: full address of each source whose stored one is shorter, in the same way.
+        survived: failures that records have survived, values of the `ERROR` struct, by record key.
     """
     known, full = passwords or {}, addresses or {}
     indexes = planned["source_index"].to_pylist()
     column = pa.array([known.get(index) for index in indexes], pa.string())
     uris = [full.get(index, uri) for index, uri in zip(indexes, planned["source_uri"].to_pylist(), strict=True)]
     planned = _with_values(planned, "source_uri", uris)
+    lists = [survived and [survived.get(key) for key in keys or ()] for keys in planned["record_keys"].to_pylist()]
+    planned = planned.append_column("survived", pa.array(lists, UNIT.field("survived").type))
     return planned.append_column("password", column).select(UNIT.names).cast(UNIT)
 
 
-def owed_units(plan: Iterable[pa.Table], committed: CommittedRecords, again: Again | None = None) -> Iterator[pa.Table]:
-    """Yield what is still to be done, in the columns that came in.
+def owed_units(
+    plan: Iterable[pa.Table],
+    committed: CommittedRecords,
+    again: Again | None = None,
+    *,
+    second_look: bool = False,
+) -> Iterator[pa.Table]:
+    """Yield what is still to be looked at, in the columns that came in.
 
     Units with an error or without owed records are left out; in the others only the owed records stay. A record key
     that several sources share (equal files) is owed by the first of them only.
@@ -208,18 +222,30 @@ def owed_units(plan: Iterable[pa.Table], committed: CommittedRecords, again: Aga
         plan: tables of units.
         committed: what is done.
         again: committed records that a later pass answers again.
+        second_look: True yields the records that wait for one, False all others that are owed.
     """
     seen = KeySet()
     for table in plan:
         healthy = table.filter(pc.is_null(table["error"]))
         counts = _list_lengths(healthy["record_keys"])
         keys = _flat(healthy["record_keys"]).to_pylist()
-        keep = committed.owed(keys, again)
+        waiting = committed.wait_for_second_look(keys)
+        keep = waiting if second_look else committed.owed(keys, again) & ~waiting
         places = np.flatnonzero(keep)
         keep[places] = seen.add_all([keys[place] for place in places.tolist()])
         owed = _keep_items(healthy, counts, keep)
         if owed.num_rows:
             yield owed
+
+
+def count_owed(plan: Iterable[pa.Table], committed: CommittedRecords, again: Again | None = None) -> int:
+    """Return how many distinct records are owed a look, first or second."""
+    seen = KeySet()
+    count = 0
+    for table in plan:
+        keys = unit_keys(table)
+        count += int((seen.add_all(keys) & committed.owed(keys, again)).sum())
+    return count
 
 
 def count_plan(plan: Iterable[pa.Table]) -> PlanCounts:

@@ -18,6 +18,8 @@ class Progress:
         pages, segments: records committed by this call, by kind.
         frames: sampled from those segments.
         prompt_tokens, image_tokens, output_tokens: of the model, this call.
+        tokens_saved: that answers in a loop would have gone on to write.
+        tokens_wasted: written by attempts that did not answer, before another or before a second look.
         seconds: since this call started.
         run_seconds: since the first unit was handed to a worker.
         steps: counts of each step, as `Meter.snapshot` gives them.
@@ -36,6 +38,8 @@ class Progress:
     prompt_tokens: int = 0
     image_tokens: int = 0
     output_tokens: int = 0
+    tokens_saved: int = 0
+    tokens_wasted: int = 0
     seconds: float = 0.0
     run_seconds: float = 0.0
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -30,6 +30,7 @@ class RowContext:
         repro_template: one line with `{source}` and `{part}`, such as `pagereel ocr {source} {part} -o repro`.
         max_slice_nums: most slices a page.
         clip_max_slice_nums: most slices a frame of a segment.
+        max_attempts: answers that a model may try to give to a record.
     """
 
     run_id: str
@@ -38,6 +39,7 @@ class RowContext:
     downsample_mode: str | None = None
     max_slice_nums: int | None = None
     clip_max_slice_nums: int | None = None
+    max_attempts: int | None = None
 
 
 def final_status(record: Mapping[str, Any]) -> str:
@@ -146,6 +148,7 @@ def error_rows(record: Mapping[str, Any], context: RowContext) -> Iterator[dict[
             "created_at": context.created_at,
             "error_id": digest(record["record_key"], position)[:32],
             "recovered": recovered,
+            "max_attempts": None if failure["attempt"] is None else context.max_attempts,
             "quarantined": failure["error_code"] == "worker_died",
             "repro_command": repro_command(context.repro_template, record["source_uri"], record["page_number"]),
         }
@@ -195,6 +198,7 @@ def _outcome(record: Mapping[str, Any], context: RowContext) -> dict[str, Any]:
         "run_id": context.run_id,
         "created_at": context.created_at,
         "status": final_status(record),
+        "rung": record["rung"] if record["error"] is None else None,
         "downsample_mode": context.downsample_mode,
         "max_slice_nums": context.clip_max_slice_nums if is_video(record) else context.max_slice_nums,
         "slice_count": _slice_count(record),

@@ -14,12 +14,14 @@ from pipeline.flow import HEADS, head_of, plan_flow, record_flow
 from pipeline.lease import Lease
 from pipeline.ledger import Again, CommittedRecords, Ledger, utc_now
 from pipeline.local import rebatch
-from pipeline.plan import ListingCache, PlanCounts, PlanReader, as_units, count_plan, owed_units
+from pipeline.plan import ListingCache, PlanCounts, PlanReader, as_units, count_owed, count_plan, owed_units, unit_keys
 from pipeline.progress import Observer, Progress, Silent
 from pipeline.publish import publish, write_run_row
 from pipeline.reading import choose_reading
 from pipeline.request import check_request, listed
 from pipeline.runfile import check_same_settings, write_run_file
+from pipeline.second_look import FirstLooks, in_words, second_look
+from pipeline.sink import TOKEN_COLUMNS
 from pipeline.source import Listing
 from pipeline.spec import RunSpec, make_spec
 from pipeline.storage import Storage
@@ -76,6 +78,7 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.started_at = utc_now()
         self.again: Again | None = None
+        self.second_pass: int | None = None
         self.gpus_held = 0.0
         self.counts = PlanCounts()
 
@@ -178,13 +181,14 @@ class _Run:
             worker_count=self.executor.worker_count,
             gpu_count=gpus,
             has_videos=bool(self.counts.records_by_kind["video"]),
-            pass_index=self.again.pass_index if self.again else 0,
+            pass_index=self.second_pass or (self.again.pass_index if self.again else 0),
+            is_second_look=self.second_pass is not None,
         )
         self.gpus_held = config.gpu_workers * config.gpus_per_worker
         return config
 
     def _run_owed(self) -> None:
-        """Run the flow over what is owed, again after a failed attempt, until nothing is owed.
+        """Look at everything that is owed a first look, then once more at what that has left to a second.
 
         Raises:
             TransientError: attempts end and nothing that is owed comes out of them.
@@ -197,11 +201,27 @@ class _Run:
         if self.spec.retry_failed or committed.retryable_count():
             # What failed for a passing reason is owed again on every call, once; the rest only when asked for.
             self.again = Again(only_retryable=not self.spec.retry_failed, pass_index=committed.last_pass() + 1)
+        owed = count_owed(PlanReader(self.storage), committed, self.again)
+        self.progress.resumed = self.counts.records - owed
+        if not owed:
+            return
+        self._look(ledger, committed)
+        waiting = committed.second_look_count()
+        looks = second_look(self.spec, self.reading)
+        if waiting and looks:
+            self.observer.note(f"shown to the model once more, with {in_words(looks)}: {waiting} on which it failed")
+            self.second_pass = committed.last_pass() + 1
+            self._look(ledger, committed)
+
+    def _look(self, ledger: Ledger, committed: CommittedRecords) -> None:
+        """Run the flow over what is owed this look, again after a failed attempt, until nothing is.
+
+        Raises:
+            TransientError: attempts end and nothing that is owed comes out of them.
+        """
         stalled, owed_before, failure = 0, math.inf, None
         while True:
             units, owed = self._owed(committed)
-            if owed_before == math.inf:
-                self.progress.resumed = self.counts.records - owed
             if not owed:
                 return
             stalled = 0 if owed < owed_before else stalled + 1
@@ -227,9 +247,13 @@ class _Run:
         per_block = max(1, -(-self.counts.units // MOST_BLOCKS))
         owed = 0
         units: dict[str, list[Any]] = {}
-        for table in owed_units(PlanReader(self.storage), committed, self.again):
-            ready = as_units(table, self.passwords, self.addresses)
-            owed += sum(len(keys) for keys in ready["record_keys"].to_pylist())
+        is_second = self.second_pass is not None
+        first_looks = FirstLooks(self.storage, committed) if is_second else None
+        for table in owed_units(PlanReader(self.storage), committed, self.again, second_look=is_second):
+            keys = unit_keys(table)
+            survived = first_looks.failures(keys) if first_looks else None
+            ready = as_units(table, self.passwords, self.addresses, survived)
+            owed += len(keys)
             if not units:
                 self._start()
             for name in HEADS:
@@ -260,11 +284,13 @@ class _Run:
 
     def _count(self, table: pa.Table) -> None:
         for row in table.to_pylist():
+            for name in TOKEN_COLUMNS:
+                setattr(self.progress, name, getattr(self.progress, name) + (row[name] or 0))
+            if row["needs_second_look"]:
+                continue
             self.progress.statuses[row["status"]] += 1
             self.progress.segments += row["kind"] == "video"
             self.progress.pages += row["kind"] != "video"
             self.progress.frames += row["frame_count_sampled"] or 0
             if row["error_code"]:
                 self.progress.errors[CATEGORY_OF_CODE[row["error_code"]]] += 1
-            for name in ("prompt_tokens", "image_tokens", "output_tokens"):
-                setattr(self.progress, name, getattr(self.progress, name) + (row[name] or 0))

@@ -28,7 +28,7 @@ from schemas.tables import PART_TABLES, TABLES, check_vocabulary
 UNREAD: Final = ("pixels", "pixel_encoding", "slice_shapes", "prompt_ids", "text_layer_text", "text_layer_blocks")
 """Columns of RECORD that no table needs; a step before may have dropped them."""
 
-TOKEN_COLUMNS: Final = ("prompt_tokens", "image_tokens", "output_tokens", "tokens_saved")
+TOKEN_COLUMNS: Final = ("prompt_tokens", "image_tokens", "output_tokens", "tokens_saved", "tokens_wasted")
 
 ORDER_COLUMN: Final = pa.field("source_index", pa.int64())
 """Part files carry it in front of their table's columns; it orders the published tables and does not appear there."""
@@ -41,6 +41,7 @@ SUMMARY: Final = pa.schema(
         pa.field("kind", pa.string()),
         pa.field("task", pa.string()),
         pa.field("status", pa.string()),
+        pa.field("needs_second_look", pa.bool_()),
         pa.field("route", pa.string()),
         pa.field("engine", pa.string()),
         pa.field("finish_reason", pa.string()),
@@ -67,6 +68,7 @@ class WriteRecordsConfig(OperatorConfig):
     downsample_mode: Annotated[str | None, Field(description="Visual token setting, as asked for.")] = None
     max_slice_nums: Annotated[int | None, Field(ge=1, description="Most slices a page, as asked for.")] = None
     clip_max_slice_nums: Annotated[int | None, Field(ge=1, description="Most slices a frame, as asked for.")] = None
+    max_attempts: Annotated[int | None, Field(ge=1, description="Answers that a model may try to a record.")] = None
     pass_index: Annotated[
         int, Field(ge=0, description="Above 0 these rows replace those of earlier passes over the same run.")
     ] = 0
@@ -112,6 +114,7 @@ class WriteRecords(Operator[WriteRecordsConfig]):
             records=units,
             statuses=statuses,
             retryable=[record["record_key"] for record in once if record["error"] and record["error"]["retryable"]],
+            second_look=[record["record_key"] for record in once if record["needs_second_look"]],
             tokens=_token_sums(once),
             pass_index=self.config.pass_index,
             ledger_hits=sum(bool(record.get("ledger_hit")) for record in once),
@@ -126,6 +129,7 @@ class WriteRecords(Operator[WriteRecordsConfig]):
             downsample_mode=self.config.downsample_mode,
             max_slice_nums=self.config.max_slice_nums,
             clip_max_slice_nums=self.config.clip_max_slice_nums,
+            max_attempts=self.config.max_attempts,
         )
 
 
@@ -159,12 +163,21 @@ def part_schema(table_name: str) -> pa.Schema:
 def _token_sums(records: list[dict[str, Any]]) -> dict[str, int]:
     sums: Counter[str] = Counter()
     for record in records:
-        sums.update({name: record[name] or 0 for name in TOKEN_COLUMNS})
+        sums.update({name: count or 0 for name, count in _tokens(record).items()})
     return dict(sums)
 
 
+def _tokens(record: Mapping[str, Any]) -> dict[str, int | None]:
+    """Return the token counts of a record; what was written for a row that will be replaced is wasted."""
+    tokens = {name: record[name] for name in TOKEN_COLUMNS}
+    if record["needs_second_look"]:
+        tokens["tokens_wasted"] = (record["tokens_wasted"] or 0) + (record["output_tokens"] or 0)
+        tokens["output_tokens"] = 0
+    return tokens
+
+
 def _summary(record: Mapping[str, Any], part_id: str) -> dict[str, Any]:
-    row = {name: record[name] for name in SUMMARY.names if name in record}
+    row = {name: record[name] for name in SUMMARY.names if name in record} | _tokens(record)
     row["status"] = final_status(record)
     row["error_code"] = record["error"]["error_code"] if record["error"] else None
     row["text_bytes"] = len((record["text"] or "").encode())

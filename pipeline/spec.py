@@ -135,6 +135,29 @@ class RunSpec(BaseModel):
         int | None, Field(ge=1, le=32768, description="Most tokens of an answer; the model's own limit, else 4096.")
     ] = None
     temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy: the same answer each time.")] = 0.0
+    constrain: Annotated[
+        Literal["auto", "never"],
+        Field(
+            description="auto holds a model that runs here to the JSON that the built-in prompt of parse asks for; "
+            "never takes its answers as they come."
+        ),
+    ] = "auto"
+    attempts: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=5,
+            description="Most answers to the same pixels of a model that runs here: after a loop, once more with freer "
+            "sampling.",
+        ),
+    ] = 2
+    second_look: Annotated[
+        bool | None,
+        Field(
+            description="Show pages once more, with another --downsample or --max-slices, on which the model's answer "
+            "failed and that carry no text; by default for ocr and parse where the model runs here."
+        ),
+    ] = None
 
     endpoint: Annotated[
         str | None,
@@ -179,6 +202,10 @@ class RunSpec(BaseModel):
             "lets two workers share a GPU.",
         ),
     ] = 1.0
+    cuda_graphs: Annotated[
+        Literal["auto", "never"],
+        Field(description="auto records decoding steps on a GPU and replays them; untried on GPUs so far."),
+    ] = "never"
     object_store_mb: Annotated[int | None, Field(ge=100, description="Size of our own Ray's object store.")] = None
 
     retry_failed: Annotated[bool, Field(description="Read failed pages and segments of this run folder once more.")] = (
@@ -209,11 +236,9 @@ class RunSpec(BaseModel):
     def repro_template(self) -> str:
         """Return the command that reads one source again as this run does, with {source} and {part} to fill in."""
         options = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}")
+            option_text(name, value)
             for name, value in self.model_dump(mode="json").items()
-            if name not in (*HOW_ONLY, "task")
-            and value not in (None, False)
-            and value != type(self).model_fields[name].default
+            if name not in (*HOW_ONLY, "task") and value is not None and value != type(self).model_fields[name].default
         ]
         server = [f"--endpoint {shlex.quote(stored_uri(self.endpoint))}"] if self.endpoint else []
         password = ["--password ..."] if self.password else []
@@ -223,11 +248,19 @@ class RunSpec(BaseModel):
 
 HOW_ONLY = (
     "pages", "start_seconds", "stop_seconds",
-    "address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb", "max_error_rate",
+    "address", "local", "workers", "gpus", "gpus_per_worker", "cuda_graphs", "object_store_mb", "max_error_rate",
     "price_per_gpu_hour", "inputs", "output", "password", "limit", "retry_failed", "password_given",
     "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""
+
+
+def option_text(name: str, value: Any) -> str:
+    """Return an option as a command line has it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {shlex.quote(str(value))}"
 
 
 def make_spec(options: dict[str, Any]) -> RunSpec:

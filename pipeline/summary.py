@@ -55,6 +55,8 @@ class RunSummary:
     prompt_tokens: int = 0
     image_tokens: int = 0
     output_tokens: int = 0
+    tokens_saved: int = 0
+    tokens_wasted: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     gpu_seconds: float = 0.0
     cost: float | None = None
@@ -127,6 +129,8 @@ def summarise(
         prompt_tokens=progress.prompt_tokens,
         image_tokens=progress.image_tokens,
         output_tokens=progress.output_tokens,
+        tokens_saved=progress.tokens_saved,
+        tokens_wasted=progress.tokens_wasted,
         seconds={name: round(seconds.get(name, 0.0), 3) for name in PHASES},
         gpu_seconds=round(gpu_seconds, 3),
         cost=cost,
@@ -178,6 +182,8 @@ def run_row(
         "prompt_tokens": summary.prompt_tokens,
         "image_tokens": summary.image_tokens,
         "output_tokens": summary.output_tokens,
+        "tokens_saved": summary.tokens_saved,
+        "tokens_wasted": summary.tokens_wasted,
         "gpu_seconds": summary.gpu_seconds,
         "pages_per_second_cold": summary.pages / total if total else None,
         "pages_per_second_warm": summary.pages / warm if warm else None,

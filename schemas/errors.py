@@ -74,9 +74,11 @@ ERROR: Final = pa.struct(
         pa.field("traceback", pa.string()),
         pa.field("exit_signal", pa.int16()),
         pa.field("retryable", pa.bool_()),
+        pa.field("attempt", pa.int16()),
     ]
 )
-"""One failure, as it travels in a row. `error` ends the row; `recovered` lists failures it survived."""
+"""One failure, as it travels in a row. `error` ends the row; `recovered` lists failures it survived. `attempt` is the
+model's attempt at the record that failed, null where no answer was tried."""
 
 
 class PagereelError(Exception):
@@ -191,13 +193,16 @@ def plain_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def error_struct(error: RecordError, component: str, traceback: str | None = None) -> dict[str, Any]:
+def error_struct(
+    error: RecordError, component: str, traceback: str | None = None, attempt: int | None = None
+) -> dict[str, Any]:
     """Return `error` as a value of the `ERROR` struct.
 
     Args:
         error: the failure.
         component: the operator or function that failed.
         traceback: formatted traceback of the root cause, for `internal` errors only.
+        attempt: which of the model's attempts failed; None where none was made.
     """
     cause = error.__cause__
     return {
@@ -210,4 +215,5 @@ def error_struct(error: RecordError, component: str, traceback: str | None = Non
         "traceback": traceback,
         "exit_signal": error.exit_signal,
         "retryable": error.retryable,
+        "attempt": attempt,
     }

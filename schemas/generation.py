@@ -46,6 +46,7 @@ GENERATION: Final = pa.schema(
         pa.field("prompt_tokens", pa.int32()),
         pa.field("output_tokens", pa.int32()),
         pa.field("tokens_saved", pa.int32()),
+        pa.field("tokens_wasted", pa.int32()),
         pa.field("mean_logprob", pa.float32()),
         pa.field("queue_ms", pa.float32()),
         pa.field("generate_ms", pa.float32()),
@@ -56,10 +57,15 @@ GENERATION: Final = pa.schema(
         pa.field("decode_params", pa.string()),
     ]
 )
+"""`attempt` and `temperature` are those of the attempt that gave this completion; attempts at other pixels of the same
+record count on. `tokens_wasted` were written by attempts before it in the same call, `tokens_saved` would have been
+written by the loops of all of them."""
 
 RESULT: Final = pa.schema(
     [
         pa.field("status", pa.string()),
+        pa.field("rung", pa.string()),
+        pa.field("needs_second_look", pa.bool_()),
         pa.field("text", pa.large_string()),
         pa.field("plain_text", pa.large_string()),
         pa.field("raw_output", pa.large_string()),
@@ -69,7 +75,8 @@ RESULT: Final = pa.schema(
         pa.field("primary_language", pa.string()),
     ]
 )
-"""`text` is the page's Markdown, or a segment's caption or on-screen text according to the task."""
+"""`text` is the page's Markdown, or a segment's caption or on-screen text according to the task. `rung` says what
+answered where a model was asked; a row that `needs_second_look` failed, and is owed one with other pixels."""
 
 FAILURES: Final = pa.schema([pa.field("error", ERROR), pa.field("recovered", pa.list_(ERROR))])
 

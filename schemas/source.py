@@ -74,8 +74,10 @@ UNIT: Final = pa.schema(
         pa.field("page_numbers", pa.list_(pa.int32())),
         pa.field("segments", pa.list_(SEGMENT_RANGE)),
         pa.field("record_keys", pa.list_(pa.string())),
+        pa.field("survived", pa.list_(pa.list_(ERROR))),
         pa.field("error", ERROR),
     ]
 )
 """What one decode task opens. `page_numbers` (documents) or `segments` (videos) lie parallel to `record_keys`;
-the other list is null. A source that cannot be opened is one unit with an error and no records."""
+the other list is null. `survived`, parallel to them too, holds what the model's earlier attempts at each record failed
+on; null at the first look. A source that cannot be opened is one unit with an error and no records."""

@@ -16,6 +16,7 @@ from schemas.vocabulary import (
     PACKINGS,
     PARSE_STATUSES,
     ROUTES,
+    RUNGS,
     SCHEMA_VERSION,
     SEGMENTATIONS,
     STATUSES,
@@ -30,6 +31,7 @@ CREATED_AT: Final = pa.timestamp("us", tz="UTC")
 _OUTCOME = [
     pa.field("route", pa.string()),
     pa.field("route_reason", pa.string()),
+    pa.field("rung", pa.string()),
     pa.field("engine", pa.string()),
     pa.field("weights_kind", pa.string()),
     pa.field("model_id", pa.string()),
@@ -47,6 +49,7 @@ _OUTCOME = [
     pa.field("image_tokens", pa.int32()),
     pa.field("output_tokens", pa.int32()),
     pa.field("tokens_saved", pa.int32()),
+    pa.field("tokens_wasted", pa.int32()),
     pa.field("thought", pa.large_string()),
     pa.field("queue_ms", pa.float32()),
     pa.field("generate_ms", pa.float32()),
@@ -55,7 +58,9 @@ _OUTCOME = [
     pa.field("ledger_hit", pa.bool_()),
     pa.field("created_at", CREATED_AT),
 ]
-"""How an answer came about; the same columns for pages and segments."""
+"""How an answer came about; the same columns for pages and segments. `rung` says what answered where a model was asked,
+null where nothing did; `attempt` and `temperature` are those of the model's last attempt, which counts on over other
+pixels."""
 
 
 def _table(name: str, fields: list[pa.Field]) -> pa.Schema:
@@ -230,7 +235,8 @@ ERRORS: Final = _table(
         pa.field("repro_command", pa.string()),
     ],
 )
-"""One row a failure event. `record_key` is null where a source could not be opened; `gpu_mem_used` is in bytes."""
+"""One row a failure event. `record_key` is null where a source could not be opened; `attempt` is the model's attempt
+that failed, of `max_attempts` that one record may have; `gpu_mem_used` is in bytes."""
 
 PAGE_SPAN: Final = pa.struct(
     [pa.field("start", pa.int64()), pa.field("end", pa.int64()), pa.field("page_number", pa.int32())]
@@ -310,6 +316,7 @@ RUNS: Final = _table(
         pa.field("image_tokens", pa.int64()),
         pa.field("output_tokens", pa.int64()),
         pa.field("tokens_saved", pa.int64()),
+        pa.field("tokens_wasted", pa.int64()),
         pa.field("gpu_seconds", pa.float64()),
         pa.field("pages_per_second_cold", pa.float64()),
         pa.field("pages_per_second_warm", pa.float64()),
@@ -339,6 +346,7 @@ DOCUMENT_KINDS: Final = (*KINDS, None)
 _OUTCOME_WORDS: Final[Mapping[str, tuple[str | None, ...]]] = {
     "status": STATUSES,
     "route": (*ROUTES, None),
+    "rung": (*RUNGS, None),
     "engine": (*ENGINES, None),
     "weights_kind": (*WEIGHTS_KINDS, None),
     "finish_reason": (*FINISH_REASONS, None),

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 """Raised by every change to a table; kept in each Parquet footer as `pagereel.schema_version`."""
 
 STATUSES: Final = (
@@ -14,6 +14,10 @@ QUIET_STATUSES: Final = ("success", "blank", "skipped")
 TASKS: Final = ("ocr", "parse", "caption")
 KINDS: Final = ("pdf", "image", "video")
 ROUTES: Final = ("text_layer", "model", "cpu", "none")
+RUNGS: Final = ("first", "same_pixels", "text_layer", "other_pixels", "cpu")
+"""Of the ladder that a failed answer of a model goes down, in its order: another attempt at the same pixels, the page's
+own text, the model once more at other pixels, the CPU engine."""
+
 ENGINES: Final = ("torch", "endpoint", "cpu", "none")
 WEIGHTS_KINDS: Final = ("released", "local", "demo_random", "demo_trained")
 FINISH_REASONS: Final = ("stop", "length", "repetition", "abort")

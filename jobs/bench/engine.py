@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,14 @@ def measure(
         reference = MiniCPMV4_6ForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
         work = make_requests(model, requests, longest, max_slices)
     ours, answers = run_engine(model, work, slots, device)
+    say(f"engine, {slots} slots", ours)
     static: list[dict[str, Any]] = []
     for own_recurrence in (True, False) if plain else (True,):
         for size in batches if own_recurrence else [best(static)["batch"]]:
             found, tokens = run_static(reference, work, size, device, own_recurrence=own_recurrence)
             found["equal_answers"] = sum(one == other for one, other in zip(tokens, answers, strict=True))
             static.append(found)
+            say(f"static {size}", found)
     ratios = {
         own: round(ours["requests_per_second"] / best(sides)["requests_per_second"], 3)
         for own in (True, False)
@@ -91,6 +94,11 @@ def measure(
     }
 
 
+def say(name: str, side: dict[str, Any]) -> None:
+    """Print what one side took, on the way: all of them together take minutes."""
+    sys.stderr.write(f"{name}: {side['seconds']:g} s, {side['cpu_seconds']:g} s of processor time\n")
+
+
 def best(sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the fastest of several runs."""
     return max(sides, key=lambda side: float(side["requests_per_second"]))
@@ -101,10 +109,10 @@ def run_engine(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Return figures of the engine, and its answers."""
     engine: Engine[Visual | None] = Engine(model, SchedulerConfig(slot_count=slots))
-    engine.generate([Request(work[0].prompt_ids[:8], SamplingParams(max_new_tokens=3))])
+    engine.generate([shortened(request, 3) for request in work[:2]])
     engine.stats = EngineStats()
     last_admission = 0.0
-    began = time.perf_counter()
+    began, processor_began = time.perf_counter(), time.process_time()
     with peak_memory(device) as memory:
         tickets = engine.submit(work)
         ended: dict[int, Any] = {}
@@ -114,7 +122,7 @@ def run_engine(
             ended |= engine.collect()
             if engine.stats.busy_steps > busy:
                 last_admission = time.perf_counter() - began
-    seconds = time.perf_counter() - began
+    seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
     answers = []
     for ticket in tickets:
         outcome = ended[ticket]
@@ -122,7 +130,7 @@ def run_engine(
             raise outcome
         answers.append(list(outcome.token_ids))
     stats = engine.stats
-    figures = sides_figures(seconds, answers) | {
+    figures = sides_figures(seconds, processor_seconds, answers) | {
         "slots": slots,
         "occupancy": round(stats.occupancy(slots) or 0.0, 4),
         "padded_share": round(1 - stats.decoded_tokens / max(stats.decode_rows, 1), 4),
@@ -143,25 +151,32 @@ def run_static(
     answers: list[list[int]] = []
     rows = useful = 0
     try:
+        # The first call looks for kernels that are not installed, which takes many seconds.
+        generate_static(reference, [shortened(request, 3) for request in work[:2]], device)
         with peak_memory(device) as memory, torch.inference_mode():
-            began = time.perf_counter()
+            began, processor_began = time.perf_counter(), time.process_time()
             for start in range(0, len(work), size):
                 batch = work[start : start + size]
                 made = generate_static(reference, batch, device)
                 answers += made
                 rows += len(batch) * max(len(one) for one in made)
                 useful += sum(len(one) for one in made)
-            seconds = time.perf_counter() - began
+            seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor_began
     finally:
         if restore:
             restore()
-    figures = sides_figures(seconds, answers) | {
+    figures = sides_figures(seconds, processor_seconds, answers) | {
         "batch": size,
         "own_recurrence": own_recurrence,
         "padded_share": round(1 - useful / rows, 4),
         "peak_memory_mb": memory(),
     }
     return figures, answers
+
+
+def shortened(request: Request[Visual | None], tokens: int) -> Request[Visual | None]:
+    """Return a request for an answer of so many tokens."""
+    return replace(request, sampling=SamplingParams(max_new_tokens=tokens))
 
 
 def generate_static(reference: Any, batch: Sequence[Request[Visual | None]], device: torch.device) -> list[list[int]]:
@@ -240,10 +255,11 @@ def fast_recurrence(query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> t
     return made[:, None], state
 
 
-def sides_figures(seconds: float, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+def sides_figures(seconds: float, processor_seconds: float, answers: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Return the figures that both sides have."""
     return {
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(processor_seconds, 2),
         "requests_per_second": round(len(answers) / seconds, 4),
         "tokens_per_second": round(sum(map(len, answers)) / seconds, 2),
     }

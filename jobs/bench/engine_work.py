@@ -52,11 +52,15 @@ class EndlessModel(MiniCPMV):
         return ()
 
 
-def write_model(folder: Path, scale: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Write a network of this scale with random weights in the official layout."""
+def write_model(
+    folder: Path, scale: str, device: torch.device, dtype: torch.dtype, vocabulary: int | None = None
+) -> None:
+    """Write a network of this scale with random weights in the official layout; `vocabulary` tokens where given."""
     write_tiny_model(folder)
     settings = json.loads((folder / "config.json").read_text())
     settings["text_config"] |= TEXT[scale] | {"layer_types": None}
+    if vocabulary:
+        settings["text_config"]["vocab_size"] = vocabulary
     settings["vision_config"] |= VISION[scale]
     settings["insert_layer_id"] = 6 if scale == "full" else 1
     settings["text_config"].pop("layer_types")

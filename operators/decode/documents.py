@@ -74,7 +74,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
 
     Decoding runs in a process of its own: a page that crashes or hangs it is one row with an error, and the others
     still come. A unit that carries an error has no records and yields nothing. A page that is put upright has the
-    size of the upright page, in points as in pixels.
+    size of the upright page, in points as in pixels. What the unit says a record has survived stands first in its row.
     """
 
     reads: ClassVar[pa.Schema] = UNIT
@@ -103,7 +103,9 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
         if unit["kind"] not in DECODER_OF_KIND:
             raise ContractError(f"unit {unit['unit_id']} is of kind {unit['kind']!r}, wanted {list(DECODER_OF_KIND)}")
         keys = iter(unit["record_keys"])
+        survived = iter(unit["survived"] or [None] * len(unit["record_keys"]))
         for page in self._pages(unit):
+            page.recovered[:0] = next(survived) or ()
             yield page_table(unit, next(keys), page, self.config)
 
     def _pages(self, unit: dict[str, Any]) -> Iterator[_Page]:

@@ -15,6 +15,8 @@ from operators.engine.faults import (
     survived,
     translate,
 )
+from operators.engine.health import Health
+from operators.engine.layout import Layout, Planner
 from operators.engine.protocol import SlotModel
 from operators.engine.repetition import RepetitionLimits
 from operators.engine.request import Outcome, Request
@@ -22,7 +24,9 @@ from operators.engine.retreat import Retreat
 from operators.engine.running import Answer
 from operators.engine.sampler import choose_tokens
 from operators.engine.scheduler import Job, Prefill, Scheduler, SchedulerConfig
-from schemas.errors import PromptTooLongError, RecordError
+from operators.engine.structured import AllowedTokens, Grammar, Grammars
+from operators.transfer import on_device
+from schemas.errors import ConfigError, PromptTooLongError, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +42,13 @@ class EngineStats:
         decoded_tokens: tokens of answers that these passes made.
         decode_rows: slots that went through these passes, gaps included.
         busy_steps, busy_tokens: the same while requests were waiting, that is before the drain.
+        busy_slots: slots that there were in the busy steps.
         prefill_tokens: prompt tokens that went through the text model.
         encoded_requests: requests whose pictures were encoded.
+        spared_encodings: of these, such as showed the same as another that was encoded with them.
         encode_seconds, prefill_seconds, decode_seconds: time of each kind of work.
+        constrained_tokens: that grammars had a say in, those of prompts' ends included.
+        constrain_seconds: time that grammars took on the host; a GPU works on the step meanwhile.
         most_running: most answers under way at once.
     """
 
@@ -49,16 +57,25 @@ class EngineStats:
     decode_rows: int = 0
     busy_steps: int = 0
     busy_tokens: int = 0
+    busy_slots: int = 0
     prefill_tokens: int = 0
     encoded_requests: int = 0
+    spared_encodings: int = 0
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    constrained_tokens: int = 0
+    constrain_seconds: float = 0.0
     most_running: int = 0
 
-    def occupancy(self, slot_count: int) -> float | None:
-        """Return the share of slots that were writing while requests waited; None when none ever did."""
-        return self.busy_tokens / (self.busy_steps * slot_count) if self.busy_steps else None
+    def occupancy(self, slot_count: int | None = None) -> float | None:
+        """Return the share of slots that were writing while requests waited; None when none ever did.
+
+        Args:
+            slot_count: how many there might have been; None: those that there were.
+        """
+        slots = self.busy_slots if slot_count is None else self.busy_steps * slot_count
+        return self.busy_tokens / slots if slots else None
 
 
 class Engine(Generic[V]):
@@ -72,6 +89,9 @@ class Engine(Generic[V]):
         config: how much runs at once.
         repetition: when an answer is ended as looping; None: never.
         is_exempt: whether a pattern of tokens may repeat more often than others.
+        grammars: of the model's tokens, where requests have schemas.
+        known_good: a small request that the model must be able to answer, with a picture where it takes any: where it
+            fails as well, a failure is not the fault of its request.
     """
 
     def __init__(
@@ -80,14 +100,19 @@ class Engine(Generic[V]):
         config: SchedulerConfig,
         repetition: RepetitionLimits | None = None,
         is_exempt: Callable[[Sequence[int]], bool] | None = None,
+        grammars: Grammars | None = None,
+        known_good: Request[V] | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.stats = EngineStats()
         self._repetition = repetition
         self._is_exempt = is_exempt
+        self._grammars = grammars
         self._scheduler = Scheduler(config)
         self._retreat = Retreat(config.slot_count, config.slot_count)
+        self._health = Health(model, known_good)
+        self._planner = Planner(model.slots_that_fit, model.max_positions)
         self._opened_slots = 0
         self._opened_tokens = 0
         self._answers: dict[int, Answer[V]] = {}
@@ -96,8 +121,12 @@ class Engine(Generic[V]):
 
     @property
     def slot_count(self) -> int:
-        """Return how many requests run at once; fewer than configured for a while after memory ran out."""
+        """Return how many requests run at once: fewer than configured where memory is planned for or ran out."""
         return len(self._scheduler.slots)
+
+    def forget_stats(self) -> None:
+        """Count from here on."""
+        self.stats = EngineStats()
 
     def generate(self, requests: Sequence[Request[V]]) -> list[Outcome]:
         """Return what became of each request, in their order.
@@ -115,21 +144,37 @@ class Engine(Generic[V]):
         return [self._finished.pop(ticket) for ticket in tickets]
 
     def submit(self, requests: Sequence[Request[V]]) -> list[int]:
-        """Put requests into the queue; return their tickets."""
+        """Put requests into the queue; return their tickets.
+
+        Raises:
+            ConfigError: a schema cannot be used; none of the requests is in the queue then.
+        """
+        grammars = [self._grammar(request) for request in requests]
         now = time.perf_counter()
         tickets: list[int] = []
         jobs: list[Job] = []
-        for request in requests:
+        for request, grammar in zip(requests, grammars, strict=True):
             ticket, self._tickets = self._tickets, self._tickets + 1
             tickets.append(ticket)
             room = self.model.max_positions - len(request.prompt_ids)
             if room < 1:
                 self._finished[ticket] = too_long(request, self.model.max_positions)
                 continue
-            self._answers[ticket] = Answer(request, room, self._repetition, self._is_exempt, submitted_seconds=now)
-            jobs.append(Job(ticket, len(request.prompt_ids), request.expected_tokens, request.visual_key))
+            self._answers[ticket] = Answer(
+                request, room, self._repetition, self._is_exempt, grammar=grammar, submitted_seconds=now
+            )
+            job = Job(ticket, len(request.prompt_ids), request.expected_tokens, request.visual_key)
+            job.most_tokens = job.prompt_tokens + self._answers[ticket].max_new_tokens
+            jobs.append(job)
         self._scheduler.submit(jobs)
         return tickets
+
+    def _grammar(self, request: Request[V]) -> Grammar | None:
+        if request.answer_schema is None:
+            return None
+        if self._grammars is None:
+            raise ConfigError("a request has an answer schema, and the engine was given no grammars")
+        return self._grammars.compile(request.answer_schema)
 
     def collect(self) -> dict[int, Outcome]:
         """Return what has ended since the last call, by ticket."""
@@ -188,6 +233,7 @@ class Engine(Generic[V]):
             for job, answer, made in zip(jobs, answers, prepared, strict=True):
                 answer.prepared, job.encoded = made, True
             self.stats.encoded_requests += len(jobs)
+            self.stats.spared_encodings += len(jobs) - len({job.visual_key or job.ticket for job in jobs})
             return
         self.model.release_memory()
         if len(jobs) > 1:
@@ -202,11 +248,11 @@ class Engine(Generic[V]):
 
     def _admit(self) -> None:
         if self._retreat.is_over_due:
-            # Another number of slots begins empty.
+            # What runs would be lost if memory ran out again.
             if self._scheduler.running:
                 return
             self._retreat.advance()
-            self._scheduler.resize(self._retreat.count)
+        self._lay_out()
         admitted = self._scheduler.admit()
         if not admitted or not self._open(admitted):
             return
@@ -216,10 +262,18 @@ class Engine(Generic[V]):
             answer.began_seconds = now if answer.began_seconds is None else answer.began_seconds
         self.stats.most_running = max(self.stats.most_running, len(self._scheduler.running))
 
+    def _lay_out(self) -> None:
+        """Plan for as many slots as fit into memory for what runs and comes next."""
+        layout = self._scheduler.next_layout(lambda tokens: self._planner.layout(tokens, self._retreat.count))
+        if layout is None or layout == self._scheduler.layout:
+            return
+        self._move(self._scheduler.packing(layout.slot_count))
+        self._scheduler.resize(layout)
+
     def _open(self, jobs: Sequence[Job]) -> bool:
-        """Have slots that hold these jobs to their ends; return whether memory sufficed."""
+        """Have slots that hold these jobs and all that run to their ends; return whether memory sufficed."""
         count = 1 if jobs[0].alone else self.slot_count
-        wanted = max(job.prompt_tokens + self._answers[job.ticket].max_new_tokens for job in jobs)
+        wanted = max(job.most_tokens for job in [*jobs, *self._scheduler.running])
         if count == self._opened_slots and wanted <= self._opened_tokens:
             if not jobs[0].alone or wanted == self._opened_tokens:
                 return True
@@ -257,8 +311,7 @@ class Engine(Generic[V]):
             for job in part.jobs:
                 job.prefilled += part.count
             for job, answer, (token, logprob) in zip(part.jobs, answers, chosen, strict=is_done):
-                if answer.is_last_attempt:
-                    answer.prepared = None
+                answer.prepared = None
                 self._take(job, answer, token, logprob)
             return
         self._recover(part.jobs, failure)
@@ -279,7 +332,8 @@ class Engine(Generic[V]):
             tokens[slot], active[slot] = answer.token_ids[-1], True
         try:
             logits = self.model.append_tokens(tokens, held, active)
-            chosen = self._choose(answers, logits if len(rows) == row_count else logits[rows])
+            own = logits if len(rows) == row_count else logits[on_device(rows, logits.device)]
+            chosen = self._choose(answers, own)
         except FAILURES as error:
             failure = survived(error)
         else:
@@ -297,12 +351,17 @@ class Engine(Generic[V]):
         self.stats.decode_seconds += seconds
         if self._scheduler.waiting:
             self.stats.busy_steps += 1
+            self.stats.busy_slots += self.slot_count
             self.stats.busy_tokens += job_count
 
     def _compact(self) -> None:
-        for job, slot in self._scheduler.compaction():
+        self._move(self._scheduler.compaction())
+
+    def _move(self, moves: Sequence[tuple[Job, int]]) -> None:
+        for job, slot in moves:
             assert job.slot is not None
-            self.model.move_slot(job.slot, slot, job.held_tokens)
+            if job.held_tokens:
+                self.model.move_slot(job.slot, slot, job.held_tokens)
             self._scheduler.move(job, slot)
 
     def _choose(self, answers: Sequence[Answer[V]], logits: Any) -> list[tuple[int, float]]:
@@ -311,15 +370,35 @@ class Engine(Generic[V]):
             [answer.sampling for answer in answers],
             [answer.token_ids for answer in answers],
             [answer.draw for answer in answers],
+            self._allowed(answers),
         )
 
+    def _allowed(self, answers: Sequence[Answer[V]]) -> AllowedTokens | None:
+        """Return what the grammars of these answers allow next; None where no answer follows one now."""
+        matchers: dict[int, Any] = {row: answer.matcher for row, answer in enumerate(answers) if answer.follows_grammar}
+        if not matchers:
+            return None
+        assert self._grammars is not None
+        began = time.perf_counter()
+        allowed = self._grammars.allowed(matchers)
+        self.stats.constrain_seconds += time.perf_counter() - began
+        self.stats.constrained_tokens += len(matchers)
+        return allowed
+
     def _take(self, job: Job, answer: Answer[V], token: int, logprob: float) -> None:
+        began = time.perf_counter()
         answer.take(token, logprob, self.model.stop_ids)
+        if answer.matcher is not None:
+            self.stats.constrain_seconds += time.perf_counter() - began
         if answer.finish_reason is None:
             return
         if answer.next_attempt():
+            job.most_tokens = job.prompt_tokens + answer.max_new_tokens
+            # Pictures are encoded again: few answers loop, and the features of all would have been kept for them.
+            job.encoded = False
             self._scheduler.requeue([job])
             return
+        answer.close()
         self._finish(job)
         self._retreat.calm_answers += 1
 
@@ -329,9 +408,25 @@ class Engine(Generic[V]):
         self._finished[job.ticket] = answer.completion(time.perf_counter())
 
     def _fail(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, RecordError) and not is_out_of_memory(error):
+            self._require_health(job, error)
         self._scheduler.release(job)
         del self._answers[job.ticket]
         self._finished[job.ticket] = translate(error)
+
+    def _require_health(self, job: Job, error: Exception) -> None:
+        """Raise `WorkerLostError` where not the request was bad, but the model fails on any."""
+        slots_are_free = all(other is job for other in self._scheduler.running)
+        needed = self._health.needed_tokens
+        if slots_are_free and self._opened_tokens < needed:
+            try:
+                self.model.open_slots(max(1, self._opened_slots), needed)
+            except FOREIGN_ERRORS as lacking:
+                if not is_out_of_memory(lacking):
+                    raise
+                return
+            self._opened_slots, self._opened_tokens = max(1, self._opened_slots), needed
+        self._health.require(error, slots_are_free=slots_are_free)
 
     def _drop(self, tickets: Sequence[int]) -> None:
         """Forget requests that nobody waits for any more."""
@@ -359,12 +454,12 @@ class Engine(Generic[V]):
 
     def _shrink(self, error: Exception) -> None:
         """Go on with half of the slots; what ran starts again."""
-        self._retreat.halve()
+        self._retreat.halve(self.slot_count)
         logger.warning(
             "memory ran out at %d slots, going on with %d: %s", self.slot_count, self._retreat.count, first_line(error)
         )
         self._restart(self._scheduler.running)
-        self._scheduler.resize(self._retreat.count)
+        self._scheduler.resize(Layout(self._retreat.count))
         self._close()
 
     def _close(self) -> None:
@@ -377,7 +472,7 @@ class Engine(Generic[V]):
         for job in jobs:
             answer = self._answers[job.ticket]
             answer.start_over()
-            # The features of its pictures are gone unless further attempts were foreseen.
+            # The features of its pictures are gone once they are in a slot.
             job.encoded = answer.prepared is not None
         self._scheduler.requeue(jobs, alone=alone)
 

@@ -28,11 +28,18 @@ class SlotModel(Protocol[V_contra]):
         """Return the longest sequence, prompt and completion together."""
         ...
 
+    def slots_that_fit(self, token_count: int) -> int | None:
+        """Return how many slots with room for so many tokens there is memory for; None where no bound is known.
+
+        It holds for other slots in the place of those that are open. More tokens never let more fit.
+        """
+        ...
+
     def open_slots(self, slot_count: int, capacity_tokens: int) -> None:
         """Have this many slots, each with room for so many tokens.
 
-        As many slots as before keep what they hold, also where memory for more room is lacking; another number of them
-        is empty.
+        The slots that there were and are keep what they hold. As many as before do so also where memory for more room
+        is lacking.
         """
         ...
 

@@ -54,6 +54,8 @@ class Request(Generic[V]):
         rungs: how tokens are chosen when an answer goes round in circles: one further attempt for each.
         visual_key: requests with equal keys show equal pictures, which are encoded once; None: not shared.
         expected_tokens: of the answer, where something is known; longer answers are begun first.
+        answer_schema: JSON schema, as text, of which the answer is a value; what comes before the end of a thought is
+            free. None: the answer is any text.
     """
 
     prompt_ids: tuple[int, ...]
@@ -64,6 +66,7 @@ class Request(Generic[V]):
     rungs: tuple[SamplingParams, ...] = ()
     visual_key: str | None = None
     expected_tokens: int = 0
+    answer_schema: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,13 @@ class Completion:
     Attributes:
         token_ids: generated tokens without the one that ended the answer.
         finish_reason: why it ended.
-        mean_logprob: mean log-probability under the model of the generated tokens, the ending one included.
+        mean_logprob: mean log-probability under the model of the generated tokens, the ending one included: of the
+            model as it is, whatever a grammar ruled out, and without the tokens that the engine wrote by itself.
         output_tokens: generated tokens, the ending one included.
         attempt: 1, or more where earlier ones went round in circles.
         wasted_tokens: that earlier attempts wrote.
+        closed_tokens: at the end, written by the engine so that an answer which ran out of room, or looped, is a value
+            of its schema all the same.
         tokens_saved: that the loops of all attempts would have gone on to write up to the bound.
         queue_seconds: time from the call until it got a slot.
         generate_seconds: time from then to its end, shared with all that ran beside it.
@@ -89,6 +95,7 @@ class Completion:
     attempt: int = 1
     wasted_tokens: int = 0
     tokens_saved: int = 0
+    closed_tokens: int = 0
     queue_seconds: float = field(default=0.0, compare=False)
     generate_seconds: float = field(default=0.0, compare=False)
 

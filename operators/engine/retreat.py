@@ -14,7 +14,7 @@ class Retreat:
 
     Attributes:
         full_count: slots to have where memory allows.
-        count: slots in use.
+        count: most slots to have now.
         calm_answers: that have ended since the last change.
         patience: grows where memory runs out again soon after an advance.
     """
@@ -30,11 +30,11 @@ class Retreat:
         """Return whether more slots should be tried."""
         return self.count < self.full_count and self.calm_answers >= self.patience * self.count
 
-    def halve(self) -> None:
-        """Memory ran out."""
+    def halve(self, slot_count: int) -> None:
+        """Memory ran out at so many slots: fewer than `count` where memory was planned for fewer."""
         if self.advanced:
             self.patience *= 2
-        self.count, self.calm_answers, self.advanced = max(1, self.count // 2), 0, False
+        self.count, self.calm_answers, self.advanced = max(1, min(self.count, slot_count) // 2), 0, False
 
     def advance(self) -> None:
         """Try twice as many."""

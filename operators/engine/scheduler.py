@@ -1,11 +1,13 @@
 """Which requests run in the next iteration. Knows tokens and slots; no torch, no pictures, no clock."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from operators.engine.layout import Layout
 
 
 class SchedulerConfig(BaseModel):
@@ -42,6 +44,7 @@ class Job:
         encoded: whether its pictures are.
         arrived: requests that had arrived with it.
         admitted: slots that had been given away when it got its own; orders prompts.
+        most_tokens: of its prompt and its longest answer together.
     """
 
     ticket: int
@@ -56,6 +59,7 @@ class Job:
     encoded: bool = False
     arrived: int = 0
     admitted: int = 0
+    most_tokens: int = 0
 
     @property
     def is_decoding(self) -> bool:
@@ -85,6 +89,10 @@ class Scheduler:
     tokens they are expected to write, most first, so that the last slots to empty do so together; equals come in the
     order of their arrival. One that many later requests have overtaken comes next, whatever is expected of it. Prompts
     go before answers, at most `chunk_tokens` of them between two steps of decoding, so neither waits for the other.
+
+    Slots are equally long. Where memory bounds how many there are, a request that is too long for those there are waits
+    until no other can go before it, then until so few run that the fewer slots of its length hold them as well. Long
+    ones go one after the other then, and as soon as the last has ended there are many slots again.
     """
 
     config: SchedulerConfig
@@ -92,9 +100,11 @@ class Scheduler:
     slots: list[Job | None] = field(default_factory=list)
     arrived: int = 0
     admitted: int = 0
+    layout: Layout = field(default_factory=lambda: Layout(0))
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.config.slot_count
+        self.layout = Layout(self.config.slot_count)
 
     @property
     def running(self) -> list[Job]:
@@ -131,25 +141,60 @@ class Scheduler:
         elif job in self.waiting:
             self.waiting.remove(job)
 
-    def resize(self, slot_count: int) -> None:
-        """Change the number of slots; jobs whose slots are gone start again."""
-        gone = [job for job in self.slots[slot_count:] if job is not None]
+    def resize(self, layout: Layout) -> None:
+        """Have other slots; jobs whose slots are gone start again."""
+        gone = [job for job in self.slots[layout.slot_count :] if job is not None]
         self.requeue(gone)
-        self.slots = (self.slots + [None] * slot_count)[:slot_count]
+        self.slots = (self.slots + [None] * layout.slot_count)[: layout.slot_count]
+        self.layout = layout
+
+    def next_layout(self, layout_for: Callable[[int], Layout]) -> Layout | None:
+        """Return the slots to have for what runs and comes next; None: those there are.
+
+        Args:
+            layout_for: slots for requests of a length.
+        """
+        running = self.running
+        if not self.waiting or self._runs_alone or (running and self.layout.most_tokens is None):
+            return None
+        if not running:
+            return None if self.waiting[0].alone else layout_for(self.waiting[0].most_tokens)
+        coming = self.coming()
+        needed = max(job.most_tokens for job in [*running, (coming or self.waiting)[0]])
+        if coming:
+            has_more = len(coming) > self.slots.count(None)
+            return layout_for(needed) if has_more and needed <= self.layout.short_tokens else None
+        if self.waiting[0].alone or not self.waiting[0].encoded:
+            return None
+        layout = layout_for(needed)
+        return layout if len(running) < layout.slot_count else None
+
+    def coming(self) -> list[Job]:
+        """Return the waiting jobs that fit into the slots there are, first those of which many more would not fit."""
+        layout = self.layout
+        if layout.most_tokens is None or not self.waiting:
+            return list(self.waiting)
+        if self._is_overdue(self.waiting[0]) and not self._fits(self.waiting[0]):
+            return []
+        fitting = [job for job in self.waiting if self._fits(job)]
+        fitting.sort(key=lambda job: (not self._is_overdue(job), job.alone, job.most_tokens <= layout.short_tokens))
+        return fitting
 
     def admit(self) -> list[Job]:
         """Give free slots to waiting jobs that are encoded; return those that got one."""
         admitted: list[Job] = []
-        if self._runs_alone:
+        if self._runs_alone or None not in self.slots:
             return admitted
+        coming = deque(self.coming())
         for slot, job in enumerate(self.slots):
             if job is not None:
                 continue
-            if not self.waiting or not self.waiting[0].encoded:
+            if not coming or not coming[0].encoded:
                 break
-            if self.waiting[0].alone and (admitted or self.running):
+            if coming[0].alone and (admitted or self.running):
                 break
-            first = self.waiting.popleft()
+            first = coming.popleft()
+            self.waiting.remove(first)
             first.slot, first.admitted, self.admitted = slot, self.admitted, self.admitted + 1
             self.slots[slot] = first
             admitted.append(first)
@@ -164,11 +209,12 @@ class Scheduler:
             return []
         if self.waiting[0].alone:
             return [] if self.running or self.waiting[0].encoded else [self.waiting[0]]
-        encoded = [job for job in self.waiting if job.encoded]
-        owed = [job for job in self.waiting if not job.encoded and not job.alone]
-        if not owed or (self.waiting[0].encoded and len(encoded) >= free):
+        coming = self.coming() or list(self.waiting)
+        owed = [job for job in coming if not job.encoded and not job.alone]
+        if not owed or (coming[0].encoded and sum(job.encoded for job in coming) >= free):
             return []
         # Longer ones may have come after some were encoded; all that wait encoded stay within the bound together.
+        encoded = [job for job in self.waiting if job.encoded]
         ahead = len({job.ticket if job.visual_key is None else job.visual_key for job in encoded})
         first = owed[: max(1, self.config.encode_ahead - ahead)]
         keys = {job.visual_key for job in first} - {None}
@@ -200,11 +246,15 @@ class Scheduler:
         """Return moves of jobs to lower slots: none while others may fill the gaps, or gaps are few."""
         running = self.running
         used = max((job.slot or 0 for job in running), default=-1) + 1
-        if self.waiting or len(running) * 4 > used * 3 or any(not job.is_decoding for job in running):
+        if len(running) * 4 > used * 3 or any(not job.is_decoding for job in running) or self.coming():
             return []
-        gaps = [slot for slot in range(len(running)) if self.slots[slot] is None]
-        late = [job for job in reversed(running) if (job.slot or 0) >= len(running)]
-        return list(zip(late, gaps, strict=True))
+        return self.packing(len(running))
+
+    def packing(self, slot_count: int) -> list[tuple[Job, int]]:
+        """Return the moves that leave only the first slots in use; no fewer than the jobs that run."""
+        gaps = [slot for slot, job in enumerate(self.slots[:slot_count]) if job is None]
+        late = [job for job in reversed(self.running) if (job.slot or 0) >= slot_count]
+        return list(zip(late, gaps, strict=False))
 
     def move(self, job: Job, slot: int) -> None:
         """Record that a job has moved to a free slot."""
@@ -221,8 +271,14 @@ class Scheduler:
     def _queue(self, jobs: Iterable[Job]) -> None:
         self.waiting = deque(sorted([*self.waiting, *jobs], key=self._rank))
 
+    def _fits(self, job: Job) -> bool:
+        return job.alone or self.layout.fits(job.most_tokens)
+
+    def _is_overdue(self, job: Job) -> bool:
+        return self.arrived - job.arrived > self.config.most_overtaking
+
     def _rank(self, job: Job) -> tuple[bool, bool, bool, int, int]:
         """Return what orders the queue: jobs that were overtaken too often, then those that may run in company."""
-        if self.arrived - job.arrived > self.config.most_overtaking:
+        if self._is_overdue(job):
             return (False, False, False, 0, job.ticket)
         return (True, job.alone, not job.restarted, -job.expected_tokens, job.ticket)

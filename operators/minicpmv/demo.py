@@ -11,7 +11,7 @@ DEMO_MODEL: Final = "demo"
 DEMO_FAMILY: Final[FamilyName] = "minicpmv4_6"
 """The member that `demo` alone names."""
 
-DEMO_VERSION: Final = "1"
+DEMO_VERSION: Final = "2"
 """Raised when the maker's output changes, so that an older cached model is not taken for it."""
 
 

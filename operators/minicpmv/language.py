@@ -3,7 +3,9 @@
 Letters: `B` sequences, `T` tokens, `H` heads, `K` key-value heads, `C` channels, `D` width of a head.
 """
 
+import inspect
 import types
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -28,23 +30,38 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Return attention of the queries of the current call to what their slots hold.
 
-    While decoding, the heads that share a key-value head are taken as neighbouring queries of it: no key is repeated.
-
     Shapes:
         query: (B, H, T, D).
         key, value: (B, K, stop, D).
         result: (B, T, H, D).
     """
     call: Call = rest["call"].on(query.device)
-    batch, heads, _, width = query.shape
-    if call.is_decode:
-        grouped = query.reshape(batch, key.shape[1], -1, width)
-        attended = scaled_dot_product_attention(grouped, key, value, attn_mask=call.mask, scale=scaling)
-        return attended.reshape(batch, 1, heads, width), None
+    if call.is_decode or (call.mask is not None and query.is_cuda):
+        return grouped_attention(query, key, value, call.mask, scaling).transpose(1, 2), None
     attended = scaled_dot_product_attention(
         query, key, value, attn_mask=call.mask, is_causal=call.mask is None, scale=scaling, enable_gqa=True
     )
     return attended.transpose(1, 2), None
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Return attention with the heads that share a key-value head taken as further queries of it.
+
+    No key is repeated. On a GPU no kernel of PyTorch takes both a mask and heads that share: it would compute, and
+    keep, the scores of all queries and keys.
+
+    Shapes:
+        query, result: (B, H, T, D).
+        key, value: (B, K, stop, D).
+        mask: (T, stop) or (B, 1, 1, stop).
+    """
+    batch, heads, count, width = query.shape
+    sharing = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], sharing * count, width)
+    if mask is not None and count > 1:
+        mask = mask.repeat(sharing, 1)
+    attended: Tensor = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return attended.reshape(batch, heads, count, width)
 
 
 AttentionInterface.register(ATTENTION, slot_attention)
@@ -105,7 +122,7 @@ def linear_attention(
     if call.is_decode:
         attended = step_states(query[:, 0], key[:, 0], value[:, 0], decay[:, 0], rate[:, 0], states[call.rows], call)
     else:
-        attended, last = modeling_qwen3_5.torch_chunk_gated_delta_rule(
+        attended, last = chunk_rule(query.device)(
             query,
             key,
             value,
@@ -120,6 +137,15 @@ def linear_attention(
     normed = self.norm(attended.reshape(-1, self.head_v_dim), gate)
     mixed_out: Tensor = self.out_proj(normed.reshape(batch, count, -1))
     return mixed_out
+
+
+def chunk_rule(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the gated delta rule over many tokens.
+
+    Where flash-linear-attention is installed transformers takes its kernels, on every device; they run on GPUs alone.
+    """
+    rule: Callable[..., tuple[Tensor, Tensor]] = modeling_qwen3_5.torch_chunk_gated_delta_rule
+    return rule if device.type == "cuda" else inspect.unwrap(rule)
 
 
 def convolve(layer: Any, inputs: Tensor, kept: Tensor, call: Call) -> Tensor:

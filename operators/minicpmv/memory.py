@@ -100,6 +100,10 @@ class ModelMemory:
         widest = max(self.vision(load, rows), self.prefill(load, rows))
         return self.weights + rows * self.cache(load) + waiting + widest
 
+    def widest_pass(self, token_count: int) -> int:
+        """Return the bytes of the widest pass beside what is kept: over pictures, or over so many prompt tokens."""
+        return max(self.patches_per_call * self.vision_per_patch, token_count * self.prefill_per_token)
+
     def largest_batch(self, load: Load, free_bytes: int) -> int:
         """Return how many such records fit at once into free memory; 0 when not even one does."""
         room = int(free_bytes * (1 - SPARE))

@@ -7,17 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from operators.minicpmv.budget import SlotBudget, keep_to_share
 from operators.minicpmv.canvas import canvas_positions
 from operators.minicpmv.config import Attention, ModelConfig, read_model_config
+from operators.minicpmv.device import DTYPES
 from operators.minicpmv.encoder import VisionEncoder
+from operators.minicpmv.graphs import DecodeGraphs, padded_shape
 from operators.minicpmv.language import run_text, use_slots
 from operators.minicpmv.load import load_network
+from operators.minicpmv.memory import estimate_memory
 from operators.minicpmv.slicing import MERGED_PATCHES_PER_SIDE
-from operators.minicpmv.slots import SlotCache, decode_call, prefill_call
+from operators.minicpmv.slots import SlotCache, decode_call, padded_call, prefill_call
 from operators.minicpmv.visual import Visual
+from operators.transfer import on_device
 from schemas.errors import GenerationError
 
 
@@ -32,12 +39,14 @@ class Prepared:
 
     Attributes:
         next_position: of the first token of the answer.
+        visual_counts: visual tokens before each token and before the end, on the host.
     """
 
     token_ids: Tensor
     features: Tensor | None
     positions: Tensor
     next_position: int
+    visual_counts: NDArray[np.int64]
 
 
 class MiniCPMV:
@@ -49,6 +58,10 @@ class MiniCPMV:
         dtype: of weights and activations.
         attention: attention implementation of the text model.
         more_devices: others that share the layers of a text model which is too large for `device`.
+        memory_share: of each GPU that this model may fill, where several share one.
+        pass_tokens: most prompt tokens that go through the text model at once.
+        records_steps: whether steps of decoding are recorded as CUDA graphs; on a CPU, with quantised weights or on
+            several devices they are not.
 
     Raises:
         ConfigError: the folder holds no such model, or tensors are missing or do not belong to it.
@@ -62,13 +75,21 @@ class MiniCPMV:
         dtype: torch.dtype,
         attention: Attention,
         more_devices: Sequence[torch.device] = (),
+        memory_share: float = 1.0,
+        pass_tokens: int = 4096,
+        records_steps: bool = False,
     ) -> None:
         self.config: ModelConfig = read_model_config(folder)
         self.device = device
+        keep_to_share((device, *more_devices), memory_share)
         self.network = load_network(folder, dtype, attention, (device, *more_devices))
         self.slots: SlotCache | None = None
         self._ahead: list[int] = []
         self.encoder = VisionEncoder(self.network, self.config.family, self.config.slicing.patch_px, device)
+        self.budget = self._slot_budget(dtype, memory_share, pass_tokens)
+        self.graphs: DecodeGraphs | None = None
+        if records_steps and device.type == "cuda" and not more_devices and self.config.quantization is None:
+            self.graphs = DecodeGraphs(self.padded_step, device)
 
     @property
     def stop_ids(self) -> Sequence[int]:
@@ -80,21 +101,45 @@ class MiniCPMV:
         """Return the longest sequence, prompt and completion together."""
         return self.config.max_positions
 
+    def _slot_budget(self, dtype: torch.dtype, share: float, pass_tokens: int) -> SlotBudget:
+        name = next(name for name, own in DTYPES.items() if own == dtype)
+        memory = estimate_memory(self.config, name, self.encoder.patches_per_call)
+        return SlotBudget(
+            self.network.text.config,
+            self._layer_devices(),
+            self.network.embed.weight.dtype,
+            share=share,
+            pass_bytes=memory.widest_pass(pass_tokens),
+            row_bytes=memory.logits_per_record,
+        )
+
+    def _layer_devices(self) -> list[torch.device]:
+        return [next(layer.parameters()).device for layer in self.network.text.layers]
+
+    def slots_that_fit(self, token_count: int) -> int | None:
+        """Return how many slots with room for so many tokens there is memory for; None on a CPU."""
+        if self.slots is None:
+            return self.budget.slots_that_fit(token_count, 0, 0)
+        return self.budget.slots_that_fit(token_count, self.slots.slot_count, self.slots.capacity_tokens)
+
     def open_slots(self, slot_count: int, capacity_tokens: int) -> None:
-        """Have this many slots, each with room for so many tokens; as many as before keep what they hold."""
+        """Have this many slots, each with room for so many tokens; those that there were keep what they hold."""
         with torch.inference_mode():
-            if self.slots is not None and self.slots.slot_count == slot_count:
-                self.slots.grow(capacity_tokens)
+            if self.slots is not None and self.slots.holds(slot_count, capacity_tokens):
                 return
-            self.slots = None
+            self._forget_graphs()
+            if self.slots is not None:
+                self.slots.resize(slot_count, capacity_tokens)
+                self._ahead = (self._ahead + [0] * slot_count)[:slot_count]
+                return
             use_slots(self.network.text)
-            text = self.network.text
-            devices = [next(layer.parameters()).device for layer in text.layers]
-            self.slots = SlotCache(text.config, slot_count, capacity_tokens, devices, self.network.embed.weight.dtype)
+            config, dtype = self.network.text.config, self.network.embed.weight.dtype
+            self.slots = SlotCache(config, slot_count, capacity_tokens, self._layer_devices(), dtype)
             self._ahead = [0] * slot_count
 
     def close_slots(self) -> None:
         """Have no slots, and give their memory back."""
+        self._forget_graphs()
         self.slots = None
 
     def encode(self, prompts: Sequence[Sequence[int]], visuals: Sequence[Visual | None]) -> list[Prepared]:
@@ -116,11 +161,14 @@ class MiniCPMV:
             ]
 
     def _prepared(self, ids: Sequence[int], visual: Visual | None, levels: int, features: Tensor | None) -> Prepared:
-        token_ids = torch.tensor(ids, device=self.device)
+        token_ids = on_device(ids, self.device)
+        tokens = self.config.tokens
+        placeholders = np.isin(np.asarray(ids), (tokens.image_pad, tokens.video_pad))
+        counts = np.concatenate([[0], placeholders.cumsum()])
         if not self.config.family.canvas_positions:
-            return Prepared(token_ids, features, torch.arange(len(ids), device=self.device), len(ids))
-        positions, following = canvas_positions(ids, self._crop_grids(visual, levels), self.config.tokens)
-        return Prepared(token_ids, features, torch.from_numpy(positions).to(self.device), following)
+            return Prepared(token_ids, features, torch.arange(len(ids), device=self.device), len(ids), counts)
+        positions, following = canvas_positions(ids, self._crop_grids(visual, levels), tokens)
+        return Prepared(token_ids, features, on_device(positions, self.device), following, counts)
 
     def append_prompt(self, prepared: Sequence[Prepared], slots: Sequence[int], start: int, count: int) -> Tensor:
         """Append `count` prompt tokens to slots that hold `start`; return the logits after them, (B, vocabulary)."""
@@ -142,21 +190,40 @@ class MiniCPMV:
         if prepared.features is None:
             return embeddings
         place = self._is_placeholder(token_ids)
-        before = int(self._is_placeholder(prepared.token_ids[: part.start]).sum()) if part.start else 0
-        features = prepared.features[before:].to(embeddings.dtype)
+        features = prepared.features[prepared.visual_counts[part.start] :].to(embeddings.dtype)
         return embeddings.masked_scatter(place[:, None], features)
 
     def append_tokens(self, token_ids: Sequence[int], held_tokens: Sequence[int], active: Sequence[bool]) -> Tensor:
         """Append one token to each active one of the first slots; return the logits after them, (B, vocabulary)."""
         cache = self._open_cache()
         with torch.inference_mode():
-            embeddings = self.network.embed(torch.tensor(token_ids, device=self.device))[:, None]
             ahead = self._ahead[: len(held_tokens)]
             places = [held + own for held, own in zip(held_tokens, ahead, strict=True)]
-            call = decode_call(held_tokens, active, self.device, embeddings.dtype)
-            positions = torch.tensor(places, device=self.device)[:, None]
-            hidden = run_text(self.network.text, embeddings, positions, cache, call)
+            rows = [token_ids, places, held_tokens, active]
+            if self.graphs is not None:
+                stop = max((held for held, used in zip(held_tokens, active, strict=True) if used), default=0) + 1
+                shape = padded_shape(len(held_tokens), stop, cache.slot_count, cache.capacity_tokens)
+                found = self.graphs.run(rows, shape)
+                if found is not None:
+                    return found
+            # All numbers of the step in one transfer.
+            numbers = on_device(rows, self.device)
+            embeddings = self.network.embed(numbers[0])[:, None]
+            call = decode_call(held_tokens, active, self.device, embeddings.dtype, numbers[2:])
+            hidden = run_text(self.network.text, embeddings, numbers[1][:, None], cache, call)
             return self.network.logits(hidden[:, -1]).to(self.device)
+
+    def padded_step(self, numbers: Tensor, stop: int) -> Tensor:
+        """Return the logits of a step in a shape that comes again: see `DecodeGraphs`.
+
+        Shapes:
+            numbers: (4, B) int64: token, position, end and whether it is active, of each of the first slots.
+            result: (B, vocabulary).
+        """
+        embeddings = self.network.embed(numbers[0])[:, None]
+        call = padded_call(numbers[2], numbers[3].bool(), stop, embeddings.dtype)
+        hidden = run_text(self.network.text, embeddings, numbers[1][:, None], self._open_cache(), call)
+        return self.network.logits(hidden[:, -1])
 
     def move_slot(self, source: int, target: int, held_tokens: int) -> None:
         """Copy what one slot holds into another."""
@@ -164,12 +231,18 @@ class MiniCPMV:
             self._open_cache().move(source, target, held_tokens)
             self._ahead[target] = self._ahead[source]
 
+    def _forget_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def _open_cache(self) -> SlotCache:
         assert self.slots is not None, "no slots are open"
         return self.slots
 
     def release_memory(self) -> None:
         """Give memory that is not in use back to the device, before less is tried."""
+        self.budget.forget()
+        self._forget_graphs()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -7,12 +7,15 @@ Letters: `S` slots, `B` sequences of a call, `T` tokens, `H` heads, `K` key-valu
 head.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from operators.transfer import on_device
 
 LINEAR: Final = "linear_attention"
 GROWTH_TOKENS: Final = 256
@@ -27,8 +30,10 @@ class Call:
         start: tokens that a prefilled slot already holds; None when each slot gets one token where its own end is.
         stop: tokens that the longest slot holds afterwards.
         ends: (B,) int64 tokens that each slot holds before; None while prefilling.
+        order: (B,) int64 from 0 on, beside `ends`.
         active: (B,) bool, False for slots that only fill a gap; None when all are meant.
         device: where the tensors are.
+        keeps_gaps: whether slots that are not active keep all that they hold; else what they hold at `ends` is lost.
         mask: added to the scores: (B, 1, 1, stop) while decoding, (T, stop) while prefilling; None: not needed.
     """
 
@@ -37,8 +42,10 @@ class Call:
     stop: int
     device: torch.device
     ends: Tensor | None = None
+    order: Tensor | None = None
     active: Tensor | None = None
     mask: Tensor | None = None
+    keeps_gaps: bool = False
     moved: dict[torch.device, "Call"] = field(default_factory=dict, compare=False)
 
     def on(self, device: torch.device) -> "Call":
@@ -46,7 +53,7 @@ class Call:
         if device == self.device:
             return self
         if device not in self.moved:
-            own = {name: getattr(self, name) for name in ("rows", "ends", "active", "mask")}
+            own = {name: getattr(self, name) for name in ("rows", "ends", "order", "active", "mask")}
             there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in own.items()}
             self.moved[device] = replace(self, device=device, moved={}, **there)
         return self.moved[device]
@@ -65,7 +72,7 @@ class SlotCache:
     Args:
         config: of the text model.
         slot_count: most sequences at once.
-        capacity_tokens: tokens a slot can hold; grows when more are asked for.
+        capacity_tokens: tokens a slot can hold.
         devices: where each layer is.
         dtype: of keys, values and convolutions; states are float32.
     """
@@ -81,9 +88,7 @@ class SlotCache:
         self.config = config
         self.slot_count = slot_count
         self.capacity_tokens = capacity_tokens
-        self.kinds: list[str] = list(getattr(config, "layer_types", None) or ["full_attention"])
-        if len(self.kinds) != config.num_hidden_layers:
-            self.kinds = ["full_attention"] * config.num_hidden_layers
+        self.kinds: list[str] = layer_kinds(config)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.convolutions: dict[int, Tensor] = {}
@@ -112,7 +117,10 @@ class SlotCache:
         for buffer, fresh in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
             if call.is_decode:
                 own = buffer[call.rows]
-                own[torch.arange(len(own), device=own.device), :, call.ends] = fresh[:, :, 0]
+                token = fresh[:, :, 0]
+                if call.keeps_gaps and call.active is not None:
+                    token = torch.where(call.active[:, None, None], token, own[call.order, :, call.ends])
+                own[call.order, :, call.ends] = token
                 stored.append(own[:, :, : call.stop])
             else:
                 buffer[call.rows, :, call.start : call.stop] = fresh
@@ -125,18 +133,29 @@ class SlotCache:
         assert self.call is not None, "no call is under way"
         return self.call
 
-    def grow(self, capacity_tokens: int) -> None:
-        """Make room for sequences of this length, if there is not."""
-        if capacity_tokens <= self.capacity_tokens:
+    def holds(self, slot_count: int, capacity_tokens: int) -> bool:
+        """Return whether there are exactly so many slots, with room for so many tokens."""
+        return slot_count == self.slot_count and capacity_tokens <= self.capacity_tokens
+
+    def resize(self, slot_count: int, capacity_tokens: int) -> None:
+        """Have so many slots with room for sequences of this length; the first ones keep what they hold.
+
+        As many slots as before keep more room where they have it. A layer is made anew after the other, so that memory
+        for one more is needed, not for all twice.
+        """
+        if self.holds(slot_count, capacity_tokens):
             return
-        wanted = -(-capacity_tokens // GROWTH_TOKENS) * GROWTH_TOKENS
+        wanted = rounded_up(capacity_tokens)
+        # Where memory runs out between two layers, there is what all of them have.
+        self.slot_count, aim = min(slot_count, self.slot_count), slot_count
+        self.capacity_tokens = min(wanted, self.capacity_tokens)
         for buffers in (self.keys, self.values):
             for layer, old in list(buffers.items()):
-                fresh = old.new_zeros(*old.shape[:2], wanted, old.shape[3])
-                fresh[:, :, : old.shape[2]] = old
-                buffers[layer] = fresh
-        # Last: where memory runs out between two layers, the room is what all of them have.
-        self.capacity_tokens = wanted
+                buffers[layer] = resized(old, (slot_count, old.shape[1], wanted, old.shape[3]))
+        for buffers in (self.convolutions, self.states):
+            for layer, old in list(buffers.items()):
+                buffers[layer] = resized(old, (slot_count, *old.shape[1:]))
+        self.slot_count, self.capacity_tokens = aim, wanted
 
     def move(self, source: int, target: int, token_count: int) -> None:
         """Copy what one slot holds into another."""
@@ -151,6 +170,21 @@ class SlotCache:
         """Return the bytes of all buffers."""
         groups = (self.keys, self.values, self.convolutions, self.states)
         return sum(buffer.nbytes for buffers in groups for buffer in buffers.values())
+
+
+def rounded_up(token_count: int) -> int:
+    """Return the room that slots get which are made anew for so many tokens."""
+    return -(-token_count // GROWTH_TOKENS) * GROWTH_TOKENS
+
+
+def resized(old: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape with what fits of the old one at its beginning, zeros elsewhere."""
+    if tuple(shape) == tuple(old.shape):
+        return old
+    fresh = old.new_zeros(*shape)
+    kept = tuple(slice(0, min(before, after)) for before, after in zip(old.shape, shape, strict=True))
+    fresh[kept] = old[kept]
+    return fresh
 
 
 def head_width(config: Any) -> int:
@@ -169,20 +203,35 @@ def state_shape(config: Any) -> tuple[int, int, int]:
     return (config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim)
 
 
+def layer_kinds(config: Any) -> list[str]:
+    """Return of each layer whether it keeps keys and values, or a convolution and a state."""
+    kinds = list(getattr(config, "layer_types", None) or [])
+    return kinds if len(kinds) == config.num_hidden_layers else ["full_attention"] * config.num_hidden_layers
+
+
+def layer_bytes(config: Any, capacity_tokens: int, dtype: torch.dtype) -> list[int]:
+    """Return the bytes of one slot in each layer."""
+    full = 2 * config.num_key_value_heads * head_width(config) * capacity_tokens * dtype.itemsize
+    linear = 0
+    kinds = layer_kinds(config)
+    if LINEAR in kinds:
+        kept = conv_channels(config) * (config.linear_conv_kernel_dim - 1)
+        linear = math.prod(state_shape(config)) * torch.float32.itemsize + kept * dtype.itemsize
+    return [linear if kind == LINEAR else full for kind in kinds]
+
+
 def slot_bytes(config: Any, capacity_tokens: int, dtype: torch.dtype) -> int:
     """Return the bytes of one slot."""
-    kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
-    linear = kinds.count(LINEAR)
-    full = (len(kinds) - linear) * 2 * config.num_key_value_heads * head_width(config) * capacity_tokens
-    total = full * dtype.itemsize
-    if linear:
-        heads, keys, values = state_shape(config)
-        convolution = conv_channels(config) * (config.linear_conv_kernel_dim - 1) * dtype.itemsize
-        total += linear * (heads * keys * values * 4 + convolution)
-    return int(total)
+    return sum(layer_bytes(config, capacity_tokens, dtype))
 
 
-def decode_call(ends: Sequence[int], active: Sequence[bool], device: torch.device, dtype: torch.dtype) -> Call:
+def decode_call(
+    ends: Sequence[int],
+    active: Sequence[bool],
+    device: torch.device,
+    dtype: torch.dtype,
+    numbers: Tensor | None = None,
+) -> Call:
     """Return the call that gives one token to each of the first slots.
 
     Args:
@@ -190,23 +239,57 @@ def decode_call(ends: Sequence[int], active: Sequence[bool], device: torch.devic
         active: whether a slot gets a token of its own; others are computed along and left as they are.
         device: where the tensors go.
         dtype: of the scores.
+        numbers: (2, B) int64, both of these on the device; None: they are not there yet.
     """
+    numbers = on_device([ends, active], device) if numbers is None else numbers
     stop = max((end for end, used in zip(ends, active, strict=True) if used), default=0) + 1
-    # What a gap writes at its own end is written over by whoever comes next.
-    places = torch.tensor(list(ends))
-    seen = torch.arange(stop)[None, :] <= places[:, None]
-    mask = None
-    if not bool(seen.all()):
-        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None, None, :].to(device)
     return Call(
         rows=slice(0, len(ends)),
         start=None,
         stop=stop,
         device=device,
-        ends=places.to(device),
-        active=None if all(active) else torch.tensor(list(active), device=device),
-        mask=mask,
+        # What a gap writes at its own end is written over by whoever comes next.
+        ends=numbers[0],
+        order=torch.arange(len(ends), device=device),
+        active=None if all(active) else numbers[1].bool(),
+        mask=step_mask(numbers[0], stop, dtype) if any(end + 1 < stop for end in ends) else None,
     )
+
+
+def padded_call(ends: Tensor, active: Tensor, stop: int, dtype: torch.dtype) -> Call:
+    """Return the call that gives one token to each active one of the first slots, made of tensors alone.
+
+    Its shapes are those of its arguments, whatever they hold, and slots that are not active keep all that they hold:
+    it can be recorded once and replayed with other numbers.
+
+    Args:
+        ends: (B,) int64 tokens that each slot holds; any where it is not active.
+        active: (B,) bool.
+        stop: positions that are read, at least one more than any active slot holds.
+        dtype: of the scores.
+    """
+    return Call(
+        rows=slice(0, len(ends)),
+        start=None,
+        stop=stop,
+        device=ends.device,
+        ends=ends,
+        order=torch.arange(len(ends), device=ends.device),
+        active=active,
+        mask=step_mask(ends, stop, dtype),
+        keeps_gaps=True,
+    )
+
+
+def step_mask(ends: Tensor, stop: int, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores of a step: each slot sees what it holds and its new token.
+
+    Shapes:
+        ends: (B,) int64.
+        result: (B, 1, 1, stop), 0 or minus infinity.
+    """
+    hidden = torch.arange(stop, device=ends.device)[None, :] > ends[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=ends.device).masked_fill_(hidden, -torch.inf)[:, None, None, :]
 
 
 def prefill_call(slots: Sequence[int], start: int, count: int, device: torch.device, dtype: torch.dtype) -> Call:
@@ -214,7 +297,7 @@ def prefill_call(slots: Sequence[int], start: int, count: int, device: torch.dev
     stop = start + count
     first, last = min(slots), max(slots)
     neighbours = list(slots) == list(range(first, last + 1))
-    rows = slice(first, last + 1) if neighbours else torch.tensor(list(slots), device=device)
+    rows = slice(first, last + 1) if neighbours else on_device(slots, device)
     mask = None
     if start:
         seen = torch.arange(stop, device=device)[None, :] <= torch.arange(start, stop, device=device)[:, None]

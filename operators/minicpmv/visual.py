@@ -1,12 +1,20 @@
 """The slices of one record as the model takes them. No torch: the operator that makes them is named on the driver."""
 
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from operators.minicpmv.slicing import Size
 from schemas.errors import GenerationError
+
+SAMPLE_STEP: Final = 4093
+"""Of the bytes that tell most pictures of equal size apart: 0.1 ms for a page, whose digest takes 5 ms (measured).
+A prime, so that it meets all colours and columns."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +44,27 @@ class Visual:
     def patch_count(self, patch_px: int) -> int:
         """Return the number of patches of all slices."""
         return sum((size.height_px // patch_px) * (size.width_px // patch_px) for size in self.shapes)
+
+
+def equal_content(visuals: Sequence[Visual]) -> list[str | None]:
+    """Return a key for each that shows the same as another of them, equal where they do; None for the others.
+
+    Whole pixels are read only of those that agree in a sample.
+    """
+    outlines = [outline(visual) for visual in visuals]
+    counts = Counter(outlines)
+    keys = [content_digest(visual) if counts[own] > 1 else None for visual, own in zip(visuals, outlines, strict=True)]
+    repeated = Counter(keys)
+    return [key if repeated[key] > 1 else None for key in keys]
+
+
+def outline(visual: Visual) -> Hashable:
+    """Return what differs between most pictures and costs next to nothing."""
+    return (visual.shapes, visual.packs, visual.pixels[::SAMPLE_STEP].tobytes())
+
+
+def content_digest(visual: Visual) -> str:
+    """Return a digest of all that the model sees of it."""
+    found = hashlib.blake2b(repr((visual.shapes, visual.packs)).encode(), digest_size=16)
+    found.update(np.ascontiguousarray(visual.pixels).data)
+    return found.hexdigest()

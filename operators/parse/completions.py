@@ -1,5 +1,6 @@
 """From a model's completion, or a page's text layer, to the result of the row."""
 
+import json
 import math
 import re
 from typing import Annotated, Any, Final
@@ -9,15 +10,17 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, with_columns
-from operators.parse.blocks import blocks_from_markdown, parse_blocks
+from operators.parse.blocks import ParsedBlocks, blocks_from_markdown, parse_blocks
 from operators.parse.captions import parse_caption
 from operators.parse.markdown import blocks_to_markdown, clean_answer, plain_text
+from operators.parse.second_look import SecondLook
 from schemas.errors import GenerationError, ParseError, RecordError, error_struct
 from schemas.generation import FAILURES, RECORD, RESULT, ROUTE
 
 _READS: Final = (
     "kind", "task", "route", "route_reason", "page_width_pt", "page_height_pt", "text_layer_text", "text_layer_blocks",
-    "pixels", "completion", "thought", "finish_reason", "mean_logprob", "engine", "status", "recovered", "error",
+    "image_width_px", "image_height_px", "pixels", "completion", "thought", "finish_reason", "attempt", "mean_logprob",
+    "engine", "status", "recovered", "error",
 )  # fmt: skip
 _CHANGES: Final = ("pixels", "thought", "engine")
 _FINAL_STATUS: Final = {"length": "truncated", "repetition": "repetition"}
@@ -42,14 +45,19 @@ class ParseCompletionsConfig(OperatorConfig):
     repetition_check: Annotated[
         bool, Field(description="A finished answer whose end repeats itself counts as repetition.")
     ] = True
+    second_look: Annotated[
+        SecondLook | None, Field(description="How pages are sliced once more whose answer failed; null: they are not.")
+    ] = None
+    is_second_look: Annotated[bool, Field(description="Whether answers are those to other pixels of the page.")] = False
 
 
 class ParseCompletions(Operator[ParseCompletionsConfig]):
     """Judge each completion and fill the result columns; a row with a status passes untouched.
 
     The ladder of a failed answer, and of an error of the model or of what was prepared for it: the page's trusted text
-    layer, then the CPU reader (the row is left on the `cpu` route with its pixels and a null status), then the error.
-    Rows with any other error pass untouched. Pixels stay on rows for the CPU reader only.
+    layer, then the blocks of an answer that was closed for lack of room, then other pixels (the row fails and is marked
+    for a second look, which replaces it), then the CPU reader (the row is left on the `cpu` route with its pixels and a
+    null status), then the error. Rows with any other error pass untouched. Pixels stay on rows for the CPU reader only.
     """
 
     reads = pa.schema([RECORD.field(name) for name in _READS])
@@ -104,7 +112,7 @@ def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixel
     if row["route"] == "text_layer":
         if row["text_layer_text"] is None:
             missing = ParseError("the page was routed to its text layer, but carries none", code="internal")
-            return _failed(error_struct(missing, "ParseCompletions"))
+            return _failed(_failure(missing, row))
         return _text_layer_result(row) | {"status": "success"}
     if row["route"] == "cpu":
         return {}
@@ -112,13 +120,43 @@ def answer_row(row: dict[str, Any], config: ParseCompletionsConfig, *, has_pixel
     try:
         result = read_answer(answer, row, config)
     except RecordError as error:
+        cut = cut_result(answer, row) if error.code == "length" else None
+        if cut is not None:
+            return cut | {
+                "recovered": [*(row["recovered"] or []), _failure(error, row)],
+                "rung": _rung(row, config),
+                "thought": thought,
+                "confidence": _confidence(row),
+            }
         judged = {"thought": thought, "raw_output": row["completion"]}
         if error.code == "unparsable":
             judged["parse_status"] = "invalid"
-        return judged | _next_rung(row, error_struct(error, "ParseCompletions"), config, has_pixels)
-    mean_logprob = row["mean_logprob"]
-    confidence = None if mean_logprob is None else math.exp(min(mean_logprob, 0.0))
-    return result | {"thought": thought, "confidence": confidence}
+        return judged | _next_rung(row, _failure(error, row), config, has_pixels)
+    return result | {"rung": _rung(row, config), "thought": thought, "confidence": _confidence(row)}
+
+
+def _rung(row: dict[str, Any], config: ParseCompletionsConfig) -> str:
+    return "other_pixels" if config.is_second_look else "first" if row["attempt"] in (None, 1) else "same_pixels"
+
+
+def _confidence(row: dict[str, Any]) -> float | None:
+    return None if row["mean_logprob"] is None else math.exp(min(row["mean_logprob"], 0.0))
+
+
+def cut_result(answer: str, row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the blocks of a page's answer that had no room to go on and was closed; None where it holds none.
+
+    Only one that is JSON to its end counts, as the grammar of a schema closes it: what a model wrote freely may be cut
+    off anywhere. Where the page carries its own text, that is whole and better.
+    """
+    if row["task"] != "parse" or row["kind"] == "video" or row["text_layer_text"] is not None:
+        return None
+    try:
+        json.loads(answer)
+    except (ValueError, RecursionError):
+        return None
+    parsed = parse_blocks(answer, row["page_width_pt"], row["page_height_pt"])
+    return _blocks_result(parsed) | {"status": "partial_success"} if parsed.blocks else None
 
 
 def read_answer(answer: str, row: dict[str, Any], config: ParseCompletionsConfig) -> dict[str, Any]:
@@ -194,6 +232,10 @@ def _parse_result(answer: str, row: dict[str, Any]) -> dict[str, Any]:
         raise ParseError(f"no block could be read from an answer of {len(answer)} characters")
     if not parsed.blocks:
         return _blank_result(row) | {"blocks": []}
+    return _blocks_result(parsed)
+
+
+def _blocks_result(parsed: ParsedBlocks) -> dict[str, Any]:
     text = blocks_to_markdown(parsed.blocks)
     return {
         "status": "success",
@@ -222,11 +264,17 @@ def _next_rung(
     reads_text = row["kind"] in ("pdf", "image") and row["task"] in ("ocr", "parse")
     reason = f"{row['route_reason'] or 'model'}; model answer: {error['error_code']}"
     if reads_text and row["text_layer_text"] is not None:
-        changed = {"status": "fallback", "route": "text_layer", "route_reason": reason}
+        changed = {"status": "fallback", "route": "text_layer", "route_reason": reason, "rung": "text_layer"}
         return survived | changed | _text_layer_result(row)
+    if reads_text and config.second_look and config.second_look.may_help(row, error["error_code"]):
+        return _failed(error) | {"needs_second_look": True}
     if reads_text and config.cpu_fallback and has_pixels:
-        return survived | {"route": "cpu", "route_reason": reason}
+        return survived | {"route": "cpu", "route_reason": reason, "rung": "cpu"}
     return _failed(error)
+
+
+def _failure(error: RecordError, row: dict[str, Any]) -> dict[str, Any]:
+    return error_struct(error, ParseCompletions.__name__, attempt=row["attempt"])
 
 
 def _failed(error: dict[str, Any]) -> dict[str, Any]:

@@ -40,14 +40,16 @@ class CountingModel:
 
     Args:
         memory_tokens: tokens that all slots have room for together, a row of a pass taking one as well.
+        planned_tokens: by which it says how many slots fit; None: it does not.
         fault: asked before each call, with its name and the prompts that it runs; raises what it likes.
     """
 
     stop_ids = (STOP,)
 
-    def __init__(self, memory_tokens=10**9, fault=None, max_positions=200):
+    def __init__(self, memory_tokens=10**9, fault=None, max_positions=200, planned_tokens=None):
         self.max_positions = max_positions
         self.memory_tokens = memory_tokens
+        self.planned_tokens = planned_tokens
         self.fault = fault or (lambda call, prompts: None)
         self.slot_count = 0
         self.capacity_tokens = 0
@@ -59,13 +61,16 @@ class CountingModel:
         self.moves = 0
         self.releases = 0
 
+    def slots_that_fit(self, token_count):
+        return None if self.planned_tokens is None else self.planned_tokens // (token_count + 1)
+
     def open_slots(self, slot_count, capacity_tokens):
         self.fault("open_slots", ())
-        if slot_count != self.slot_count:
-            self.slots, self.slot_count, self.capacity_tokens = {}, slot_count, 0
-        if slot_count * capacity_tokens > self.memory_tokens:
+        room = max(capacity_tokens, self.capacity_tokens) if slot_count == self.slot_count else capacity_tokens
+        if slot_count * room > self.memory_tokens:
             raise out_of_memory()
-        self.capacity_tokens = max(capacity_tokens, self.capacity_tokens)
+        self.slots = {slot: held[:room] for slot, held in self.slots.items() if slot < slot_count}
+        self.slot_count, self.capacity_tokens = slot_count, room
         self.openings.append((slot_count, capacity_tokens))
 
     def close_slots(self):

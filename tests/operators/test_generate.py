@@ -214,7 +214,7 @@ def test_a_known_revision_and_kind_are_passed_on(folder, records):
 
 
 def test_the_models_own_length_is_the_default(folder):
-    assert json.loads(Generate(GenerateConfig(model_folder=folder)).decode_params)["max_new_tokens"] == 96
+    assert json.loads(Generate(GenerateConfig(model_folder=folder)).decode_params)["max_new_tokens"] == 192
 
 
 def test_columns_of_the_answer_may_be_absent_before(generate, records):

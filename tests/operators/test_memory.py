@@ -192,7 +192,7 @@ def test_the_vision_pass_allocates_what_was_estimated(folders, name, levels, mix
     network = make_network(scale, name, CPU)
     groups = make_crops(scale, model.family)
     groups = groups if mixed else groups[:1] * 4
-    encoder = VisionEncoder(network, model.family, 14, CPU)
+    encoder = VisionEncoder(network, model.family, 14, CPU, patches_per_call=65_536)
     with torch.inference_mode():
         encoder.encode_groups(groups, levels)
         measured = peak_bytes(lambda: encoder.encode_groups(groups, levels))

@@ -4,7 +4,8 @@ import torch
 
 from operators.engine import sampler
 from operators.engine.request import SamplingParams
-from operators.engine.sampler import choose_tokens, penalise
+from operators.engine.sampler import choose_tokens, forbid, penalise
+from operators.engine.structured import AllowedTokens
 
 VOCABULARY = 5000
 
@@ -195,3 +196,49 @@ def test_logprobs_are_of_the_unpenalised_model():
     [(token, logprob)] = choose_tokens(logits, params, [[0]], draws_for(1))
     assert token == 1
     assert logprob == pytest.approx(torch.log_softmax(logits, -1)[0, 1].item(), abs=1e-6)
+
+
+def some_allowed(rows, count, seed=0):
+    """What some rows may choose, as bits and as sets."""
+    generator = np.random.default_rng(seed)
+    flags = generator.random((len(rows), VOCABULARY)) < count / VOCABULARY
+    flags[:, 7] = True
+    bits = np.packbits(flags, axis=1, bitorder="little")
+    return AllowedTokens(rows, bits), {row: set(np.flatnonzero(own)) for row, own in zip(rows, flags, strict=True)}
+
+
+@pytest.mark.parametrize("elements", [VOCABULARY, 5 * VOCABULARY, 10**9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_a_grammar_choose_what_it_allows_and_others_as_ever(monkeypatch, elements, dtype):
+    monkeypatch.setitem(sampler.ELEMENTS_AT_ONCE, "cpu", elements)
+    logits, params, histories = random_batch(5, 40, dtype)
+    rows = [0, 3, 4, 11, 25, 26, 39]
+    allowed, sets = some_allowed(rows, 30)
+    free = choose_tokens(logits, params, histories, draws_for(40))
+    bound = choose_tokens(logits, params, histories, draws_for(40), allowed)
+    exact = torch.log_softmax(logits.float(), -1)
+    for row in range(40):
+        if row not in sets:
+            assert bound[row] == free[row]
+            continue
+        token, logprob = bound[row]
+        assert token in sets[row]
+        masked = torch.full((VOCABULARY,), -torch.inf)
+        own = sorted(sets[row])
+        masked[own] = logits[row, own].float()
+        assert token == one_row(masked, params[row], histories[row], draws_for(40)[row].random())
+        # Under the model as it is, not among what is allowed.
+        assert logprob == pytest.approx(exact[row, token].item(), abs=1e-5)
+    assert sum(bound[row][0] != free[row][0] for row in rows) > 3
+
+
+def test_tokens_that_no_tokenizer_gives_out_are_forbidden():
+    scores = torch.zeros(3, 21)
+    forbid(scores, [torch.tensor([255, 255], dtype=torch.uint8), None, torch.tensor([4, 0], dtype=torch.uint8)])
+    assert torch.isinf(scores).nonzero().tolist() == [
+        *([0, token] for token in range(16, 21)),
+        *([2, token] for token in range(21) if token != 2),
+    ]
+    narrow = torch.zeros(1, 5)
+    forbid(narrow, [torch.tensor([2, 255], dtype=torch.uint8)])
+    assert torch.isinf(narrow)[0].tolist() == [True, False, True, True, True]

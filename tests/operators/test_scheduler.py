@@ -5,10 +5,11 @@ import sys
 
 import pytest
 
+from operators.engine.layout import Layout
 from operators.engine.retreat import CALM_PER_SLOT, Retreat
 from operators.engine.scheduler import Job, Scheduler, SchedulerConfig
 
-PLANNERS = ("repetition", "request", "retreat", "running", "scheduler")
+PLANNERS = ("layout", "repetition", "request", "retreat", "running", "scheduler")
 
 
 def scheduler(slot_count, **options):
@@ -308,11 +309,11 @@ def test_fewer_slots_keep_who_is_in_them():
     plan = scheduler(4)
     simulation = simulate(plan, jobs(*[5] * 6), [9] * 6)
     simulation.step()
-    plan.resize(2)
+    plan.resize(Layout(2))
     assert [job.ticket for job in plan.running] == [0, 1]
     assert [job.ticket for job in plan.waiting] == [2, 3, 4, 5]
     simulation.check()
-    plan.resize(5)
+    plan.resize(Layout(5))
     assert sorted(simulation.run().ended) == list(range(6))
 
 
@@ -340,14 +341,14 @@ def test_nothing_to_do_is_idle():
 
 def test_a_retreat_goes_back_by_doubling_after_some_calm():
     retreat = Retreat(8, 8)
-    retreat.halve()
-    retreat.halve()
+    retreat.halve(8)
+    retreat.halve(4)
     assert (retreat.count, retreat.is_over_due) == (2, False)
     retreat.calm_answers = 2 * CALM_PER_SLOT
     assert retreat.is_over_due
     retreat.advance()
     assert (retreat.count, retreat.calm_answers) == (4, 0)
-    retreat.halve()
+    retreat.halve(4)
     retreat.calm_answers = 2 * CALM_PER_SLOT
     assert not retreat.is_over_due
     retreat.calm_answers = 4 * CALM_PER_SLOT
@@ -365,13 +366,13 @@ def random_event(simulation, generator):
         simulation.restart(plan.decoding(), alone=True)
     elif event < 0.04:
         simulation.restart(plan.running)
-        plan.resize(max(1, len(plan.slots) // 2))
+        plan.resize(Layout(max(1, len(plan.slots) // 2)))
     elif event < 0.06 and plan.running:
         simulation.restart([generator.choice(plan.running)])
     elif event < 0.08 and not plan.is_idle:
         simulation.end(generator.choice([*plan.running, *plan.waiting]))
     elif event < 0.09 and not plan.running:
-        plan.resize(plan.config.slot_count)
+        plan.resize(Layout(plan.config.slot_count))
 
 
 @pytest.mark.parametrize("first_seed", range(0, 400, 50))

@@ -28,6 +28,9 @@ class CountingModel:
         self.gate = threading.Event()
         self.gate.set()
 
+    def slots_that_fit(self, token_count):
+        return None
+
     def open_slots(self, slot_count, capacity_tokens):
         pass
 

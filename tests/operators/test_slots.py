@@ -155,7 +155,24 @@ def test_slots_can_grow_while_they_are_written(pair):
         assert_close(torch.stack([scores[row] for scores in found]), pair.wanted(ids[row], visuals[row]))
 
 
-def test_another_number_of_slots_begins_anew(hybrid):
+def test_slots_can_become_more_and_fewer_while_they_are_written(pair):
+    ids, visuals = pair.prompts(3)
+    driver = SlotDriver(pair.model, slot_count=3)
+    logits, state = driver.prefill(ids, visuals)
+    longest = max(map(len, ids)) + len(ANSWER)
+    found = [logits]
+    for slot_count, room, token in zip((7, 7, 3, 12, 4), (longest, 1500, 300, 2000, longest), ANSWER, strict=True):
+        pair.model.open_slots(slot_count, max(room, longest))
+        found.append(driver.decode(state, [token] * 3))
+        assert pair.model.slots.slot_count == slot_count
+        assert all(len(buffer) == slot_count for buffer in (*pair.model.slots.keys.values(),))
+        assert all(len(buffer) == slot_count for buffer in (*pair.model.slots.states.values(),))
+    assert pair.model.slots.capacity_tokens < 1500
+    for row in range(3):
+        assert_close(torch.stack([scores[row] for scores in found]), pair.wanted(ids[row], visuals[row]))
+
+
+def test_slots_that_are_closed_are_gone(hybrid):
     ids, visuals = hybrid.prompts(2)
     for slot_count in (2, 5, 3):
         driver = SlotDriver(hybrid.model, slot_count=slot_count)
@@ -201,10 +218,10 @@ def test_room_that_cannot_be_had_leaves_the_slots_as_they_are(hybrid, monkeypatc
     cache.keys[3][0, 0, 7] = 5.0
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
-            cache.grow(1000)
+            cache.resize(2, 1000)
         assert cache.capacity_tokens == 256
     del cache.keys[99]
-    cache.grow(1000)
+    cache.resize(2, 1000)
     assert cache.capacity_tokens == 1024
     assert {buffer.shape[2] for group in (cache.keys, cache.values) for buffer in group.values()} == {1024}
     assert float(cache.keys[3][0, 0, 7].min()) == 5.0

@@ -253,7 +253,7 @@ def test_our_configuration_reads_it(folders, name):
     assert set(config.stop_ids) == {config.tokens.turn_end, config.tokens.text_end}
     assert config.slicing.query_count == (64 if name in RESAMPLERS else None)
     assert config.slicing.downsample_mode == ("4x" if name == "minicpm_ocr" else "16x")
-    assert config.generation.max_new_tokens == 96
+    assert config.generation.max_new_tokens == 192
 
 
 def test_the_placeholder_is_an_ordinary_token_of_a_qwen_and_the_first_of_a_llama(folders):

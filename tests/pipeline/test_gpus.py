@@ -46,6 +46,7 @@ def composed(spec, gpu_count):
 def test_gpus_are_shared_out_among_workers(folder, options, gpu_count, workers, each, shared_by):
     config = composed(spec_of(folder, **options), gpu_count)
     assert (config.gpu_workers, config.gpus_per_worker, config.generate.gpu_count) == (workers, each, shared_by)
+    assert config.generate.gpu_share == min(1.0, each)
 
 
 def test_more_gpus_than_there_are_is_refused(folder):

@@ -136,7 +136,7 @@ def generation_settings(ids: Ids) -> dict[str, object]:
         "eos_token_id": [ids["<|endoftext|>"], ids["<|im_end|>"]],
         "pad_token_id": ids["<|endoftext|>"],
         "do_sample": False,
-        "max_new_tokens": 96,
+        "max_new_tokens": 192,
     }
 
 

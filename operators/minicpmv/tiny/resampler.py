@@ -273,7 +273,7 @@ def generation_settings(family: Family, ids: Ids) -> dict[str, object]:
         "eos_token_id": [ids["<|im_end|>"], ids[family.text_end]],
         "pad_token_id": ids[family.text_end],
         "do_sample": False,
-        "max_new_tokens": 96,
+        "max_new_tokens": 192,
     }
     return settings | ({"chat_template_kwargs": {"enable_thinking": False}} if family.thinks else {})
 
