@@ -29,7 +29,7 @@ GROUPS = {
         "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds", "endpoint_image",
         "endpoint_jpeg_quality", "endpoint_frame_px",
     ),
-    "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "object_store_mb"),
+    "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "cuda_graphs", "object_store_mb"),
     "Result": ("max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip
 
