@@ -106,9 +106,8 @@ def run_engine(
 def run_structured(
     size: Annotated[Literal["middle", "full"], typer.Option(help="Of the network.")] = "middle",
     vocabulary: Annotated[int, typer.Option(min=1000, help="Tokens of the vocabulary; 151748 for 4.5.")] = 248094,
-    requests: Annotated[int, typer.Option(min=1, help="Answers.")] = 16,
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each answer.")] = 256,
-    slots: Annotated[int, typer.Option(min=1, help="Slots of the engine.")] = 8,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are written together.")] = 8,
+    tokens: Annotated[int, typer.Option(min=8, help="Tokens of each answer.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Runs a side.")] = 3,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto takes CUDA where it is.")] = "auto",
     dtype: Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="auto: bf16 on CUDA, fp32 on CPU.")] = "auto",
@@ -119,7 +118,7 @@ def run_structured(
     from operators.minicpmv.device import choose_device, choose_dtype
 
     chosen = choose_device(device)
-    work = structured.Work(size, vocabulary, requests, tokens, slots, repeat)
+    work = structured.Work(size, vocabulary, slots, tokens, repeat)
     result = structured.measure(work, chosen, choose_dtype(dtype, chosen))
     structured.print_result(result)
     save_result(result, save)

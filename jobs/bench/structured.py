@@ -28,6 +28,9 @@ from operators.engine.structured import Grammars
 from operators.minicpmv.model import MiniCPMV
 
 PROMPT_TOKENS: Final = 64
+ROOM_TOKENS: Final = 1200
+"""So far from their bounds answers need not look for an end; the last few hundred tokens before one cost more."""
+
 FEWEST_BLOCKS: Final = 2
 """Random weights would choose an empty list; once they write a text, they hardly ever end it."""
 
@@ -42,17 +45,15 @@ class Work:
     Attributes:
         scale: of the network, see `jobs.bench.engine_work`.
         vocabulary: tokens of the model.
-        requests: answers a side.
+        slots: answers that are written together.
         tokens: of each answer.
-        slots: of the engine.
         repeat: runs a side.
     """
 
     scale: str
     vocabulary: int
-    requests: int
-    tokens: int
     slots: int
+    tokens: int
     repeat: int
 
 
@@ -95,8 +96,8 @@ def measure(work: Work, device: torch.device, dtype: torch.dtype) -> dict[str, A
     engine: Engine[Any] = Engine(model, SchedulerConfig(slot_count=work.slots), grammars=grammars)
     free = make_requests(work)
     bound = [dataclasses.replace(request, answer_schema=schema) for request in free]
-    run_side(engine, bound[: work.slots])
-    sides = [(run_side(engine, free), run_side(engine, bound)) for _ in range(work.repeat)]
+    run_side(engine, bound, 4)
+    sides = [(run_side(engine, free, work.tokens), run_side(engine, bound, work.tokens)) for _ in range(work.repeat)]
     return result_of(work, device, dtype, compile_seconds, sides)
 
 
@@ -128,27 +129,30 @@ def result_of(
     }
 
 
-def run_side(engine: Engine[Any], requests: Sequence[Request[Any]]) -> Side:
-    """Return what the engine took for these requests."""
+def run_side(engine: Engine[Any], requests: Sequence[Request[Any]], step_count: int) -> Side:
+    """Return what the engine took for so many tokens of each answer; then they are aborted."""
     engine.stats = EngineStats()
     began = time.perf_counter()
-    answers = engine.generate(requests)
+    tickets = engine.submit(requests)
+    while engine.stats.decode_steps < step_count:
+        engine.step()
     seconds = time.perf_counter() - began
+    for ticket in tickets:
+        engine.abort(ticket)
     tokens = 0
-    for answer in answers:
+    for answer in engine.collect().values():
         if not isinstance(answer, Completion):
             raise answer
-        tokens += answer.output_tokens - answer.closed_tokens
+        tokens += answer.output_tokens
     return Side(seconds, tokens, engine.stats)
 
 
 def make_requests(work: Work) -> list[Request[Any]]:
     """Return requests with prompts of letters, which are the first tokens of the vocabulary."""
     generator = random.Random(46)
-    sampling = SamplingParams(max_new_tokens=work.tokens)
+    sampling = SamplingParams(max_new_tokens=work.tokens + ROOM_TOKENS)
     return [
-        Request(tuple(generator.randrange(32, 90) for _ in range(PROMPT_TOKENS)), sampling)
-        for _ in range(work.requests)
+        Request(tuple(generator.randrange(32, 90) for _ in range(PROMPT_TOKENS)), sampling) for _ in range(work.slots)
     ]
 
 
@@ -191,7 +195,7 @@ def made_up_words() -> Iterator[str]:
 def print_result(result: dict[str, Any]) -> None:
     """Print one table, and the JSON line last."""
     table = Table(
-        title=f"answers with a schema, {result['scale']} size on {result['device']}: {result['requests']} of "
+        title=f"answers with a schema, {result['scale']} size on {result['device']}: {result['slots']} of "
         f"{result['tokens']} tokens, {result['vocabulary']} to choose from"
     )
     for column in ("", "us a token"):
