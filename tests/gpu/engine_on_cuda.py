@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -26,9 +25,9 @@ from operators.minicpmv.config import read_model_config
 from operators.minicpmv.graphs import DecodeGraphs
 from operators.minicpmv.memory import SPARE
 from operators.minicpmv.slots import slot_bytes
-from operators.minicpmv.tiny import write_tiny_model
 from operators.minicpmv.visual import Visual
 from operators.prepare import read_pictures
+from tests.gpu.checks import run_each, write_members
 from tests.gpu.family_on_cuda import page_records, require_same_answers
 
 MEMBERS = ("minicpmv4_6", "minicpmv4_5")
@@ -193,23 +192,13 @@ CUDA_CHECKS = (check_a_gpu_is_filled_and_not_overfilled, check_memory_that_runs_
 
 def run_checks(device):
     """Run every check, print a line for each, and return how many failed."""
-    failed = 0
     checks = ANYWHERE_CHECKS + (CUDA_CHECKS if device.type == "cuda" else ())
     with tempfile.TemporaryDirectory() as made:
-        for name in MEMBERS:
-            folder = Path(made) / name
-            folder.mkdir()
-            write_tiny_model(folder, name)
-            for check in checks:
-                title = f"{check.__name__} {name}"
-                try:
-                    sys.stdout.write(f"ok      {title}: {check(folder, device)}\n")
-                except Exception:  # noqa: BLE001
-                    failed += 1
-                    sys.stdout.write(f"FAILED  {title}\n{traceback.format_exc()}")
-                sys.stdout.flush()
-    sys.stdout.write(f"{failed} checks failed\n")
-    return failed
+        return run_each(
+            (f"{check.__name__} {name}", check, (folder, device))
+            for name, folder in write_members(made, MEMBERS).items()
+            for check in checks
+        )
 
 
 def step_milliseconds(model, slot_count, held, steps):

@@ -8,8 +8,6 @@ with 1 when a check failed. `--no-bench` leaves the benchmark out.
 import sys
 import tempfile
 import time
-import traceback
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +23,10 @@ from operators.minicpmv.encoder import VisionEncoder
 from operators.minicpmv.family import FAMILIES
 from operators.minicpmv.load import load_network
 from operators.minicpmv.model import MiniCPMV
-from operators.minicpmv.tiny import write_tiny_model
 from operators.minicpmv.visual import Visual
 from operators.prepare import PrepareConfig, PrepareImages, read_pictures
 from schemas.generation import DECODED
+from tests.gpu.checks import run_each, write_members
 from tests.operators.slot_driver import SlotDriver
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -238,24 +236,11 @@ PATH_CHECKS = (
 
 def run_checks():
     """Run every check, print a line for each, and return how many failed."""
-    failed = 0
     with tempfile.TemporaryDirectory() as made:
-        checks = [(check, (value,)) for check, value in PATH_CHECKS]
-        for name in FAMILIES:
-            folder = Path(made) / name
-            folder.mkdir()
-            write_tiny_model(folder, name)
-            checks += [(check, (folder, name)) for check in FAMILY_CHECKS]
-        for check, arguments in checks:
-            title = f"{check.__name__} {arguments[-1]}"
-            try:
-                sys.stdout.write(f"ok      {title}: {check(*arguments)}\n")
-            except Exception:  # noqa: BLE001
-                failed += 1
-                sys.stdout.write(f"FAILED  {title}\n{traceback.format_exc()}")
-            sys.stdout.flush()
-    sys.stdout.write(f"{failed} checks failed\n")
-    return failed
+        checks = [(f"{check.__name__} {value}", check, (value,)) for check, value in PATH_CHECKS]
+        for name, folder in write_members(made, FAMILIES).items():
+            checks += [(f"{check.__name__} {name}", check, (folder, name)) for check in FAMILY_CHECKS]
+        return run_each(checks)
 
 
 def main(arguments):

@@ -1,31 +1,17 @@
 """The engine on CUDA; without pytest: `python -m tests.gpu.engine_on_cuda`, which also measures."""
 
-import os
-
 import pytest
 import torch
 
-from operators.minicpmv.tiny import write_tiny_model
+from tests.gpu.checks import write_members
 from tests.gpu.engine_on_cuda import ANYWHERE_CHECKS, CUDA_CHECKS, MEMBERS
 
 pytestmark = pytest.mark.needs_gpu
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cuda():
-    if not torch.cuda.is_available():
-        if os.environ.get("PAGEREEL_EXPECT_GPU") == "1":
-            pytest.fail("PAGEREEL_EXPECT_GPU=1 and torch finds no CUDA device")
-        pytest.skip("no CUDA device")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-    for name in MEMBERS:
-        made[name] = tmp_path_factory.mktemp(name)
-        write_tiny_model(made[name], name)
-    return made
+    return write_members(tmp_path_factory.mktemp("members"), MEMBERS)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

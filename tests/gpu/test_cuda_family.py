@@ -1,32 +1,17 @@
 """Every member of the family on CUDA; without pytest: `python -m tests.gpu.family_on_cuda`, which also measures."""
 
-import os
-
 import pytest
-import torch
 
 from operators.minicpmv.family import FAMILIES
-from operators.minicpmv.tiny import write_tiny_model
+from tests.gpu.checks import write_members
 from tests.gpu.family_on_cuda import FAMILY_CHECKS, PATH_CHECKS
 
 pytestmark = pytest.mark.needs_gpu
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cuda():
-    if not torch.cuda.is_available():
-        if os.environ.get("PAGEREEL_EXPECT_GPU") == "1":
-            pytest.fail("PAGEREEL_EXPECT_GPU=1 and torch finds no CUDA device")
-        pytest.skip("no CUDA device")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-    for name in FAMILIES:
-        made[name] = tmp_path_factory.mktemp(name)
-        write_tiny_model(made[name], name)
-    return made
+    return write_members(tmp_path_factory.mktemp("members"), FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,5 @@
 """Quantised weights on a GPU, and one model over two of them."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -15,14 +13,6 @@ from operators.minicpmv.visual import Visual
 
 pytestmark = pytest.mark.needs_gpu
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _cuda():
-    if not torch.cuda.is_available():
-        if os.environ.get("PAGEREEL_EXPECT_GPU") == "1":
-            pytest.fail("PAGEREEL_EXPECT_GPU=1 and torch finds no CUDA device")
-        pytest.skip("no CUDA device")
 
 
 def outputs(network, name):
