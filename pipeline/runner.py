@@ -206,7 +206,8 @@ class _Run:
         if not owed:
             return
         self._look(ledger, committed)
-        waiting = committed.second_look_count()
+        due = owed_units(PlanReader(self.storage), committed, second_look=True)
+        waiting = sum(len(unit_keys(table)) for table in due)
         looks = second_look(self.spec, self.reading)
         if waiting and looks:
             self.observer.note(f"shown to the model once more, with {in_words(looks)}: {waiting} on which it failed")

@@ -75,7 +75,10 @@ def run_engine(
     requests: Annotated[int, typer.Option(min=2, help="Pages and clips that are asked for.")] = 48,
     longest: Annotated[int, typer.Option(min=16, help="Tokens of the longest answer.")] = 2000,
     slots: Annotated[int, typer.Option(min=1, help="Slots of the engine.")] = 8,
-    batch: Annotated[list[int] | None, typer.Option(help="Sizes of static batches; the best counts.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="Sizes of static batches; the best counts. By default 1, 2 and 4 times the slots."),
+    ] = None,
     max_slices: Annotated[int, typer.Option(min=1, help="Most slices a page.")] = 9,
     plain: Annotated[bool, typer.Option(help="Also transformers with its own recurrence, which is slower.")] = True,
     device: Annotated[Literal["auto", "cuda", "cpu"], typer.Option(help="auto takes CUDA where it is.")] = "auto",
@@ -94,7 +97,7 @@ def run_engine(
         requests=requests,
         longest=longest,
         slots=slots,
-        batches=batch or [slots],
+        batches=batch or [slots, 2 * slots, 4 * slots],
         max_slices=max_slices,
         plain=plain,
     )

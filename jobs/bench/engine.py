@@ -84,7 +84,8 @@ def measure(
         "prompt_tokens": sum(len(request.prompt_ids) for request in work),
         "answer_tokens": sum(request.sampling.max_new_tokens for request in work),
         "ratio": ratios[True],
-        "ratio_means": "requests/s over those of the best static batch with the same recurrence on both sides",
+        "ratio_means": f"requests/s over those of the best of static batches of {', '.join(map(str, batches))}, "
+        "with the same recurrence on both sides",
         "ratio_over_plain": ratios.get(False),
         "of_limit": ours["occupancy"],
         "limit": "slots that write while requests wait",

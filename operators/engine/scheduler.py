@@ -163,7 +163,11 @@ class Scheduler:
         needed = max(job.most_tokens for job in [*running, (coming or self.waiting)[0]])
         if coming:
             has_more = len(coming) > self.slots.count(None)
-            return layout_for(needed) if has_more and needed <= self.layout.short_tokens else None
+            if not has_more or needed > self.layout.short_tokens:
+                return None
+            layout = layout_for(needed)
+            # Less may fit than when the present slots were planned.
+            return layout if len(running) <= layout.slot_count else None
         if self.waiting[0].alone or not self.waiting[0].encoded:
             return None
         layout = layout_for(needed)
@@ -207,9 +211,10 @@ class Scheduler:
         free = self.slots.count(None)
         if not self.waiting or not free or self._runs_alone:
             return []
-        if self.waiting[0].alone:
-            return [] if self.running or self.waiting[0].encoded else [self.waiting[0]]
+        # What `admit` takes next has to be what is encoded next, or both wait for each other.
         coming = self.coming() or list(self.waiting)
+        if coming[0].alone:
+            return [] if self.running or coming[0].encoded else [coming[0]]
         owed = [job for job in coming if not job.encoded and not job.alone]
         if not owed or (coming[0].encoded and sum(job.encoded for job in coming) >= free):
             return []

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from operators.engine.engine import Engine
 from operators.engine.request import Outcome, Request
+from schemas.errors import PagereelError
 
 V = TypeVar("V")
 
@@ -55,6 +56,8 @@ class SharedEngine(Generic[V]):
         try:
             while not self._is_done(call):
                 self._take_arrived()
+                if call in self._failures:
+                    return
                 self.engine.step()
                 self._hand_out()
         except BaseException as error:
@@ -66,21 +69,29 @@ class SharedEngine(Generic[V]):
                 self._changed.notify_all()
 
     def _give_up(self, driver: int, error: BaseException) -> None:
-        """Let every call under way end with this error; later ones find an empty engine."""
+        """Let every call under way end with this error; one that is done keeps its answers."""
         with self._changed:
-            waiting = {*self._tickets, *(call for call, _ in self._arrived)} - {driver}
+            done = {call: tickets for call, tickets in self._tickets.items() if self._is_done(call)}
+            waiting = {*self._tickets, *(call for call, _ in self._arrived)} - {driver, *done}
             self._failures |= dict.fromkeys(waiting, error)
-            for tickets in self._tickets.values():
-                for ticket in tickets:
+            for call, tickets in self._tickets.items():
+                for ticket in tickets if call not in done else ():
                     self.engine.abort(ticket)
             self.engine.collect()
-            self._tickets, self._ended, self._arrived = {}, {}, []
+            kept = {ticket for tickets in done.values() for ticket in tickets}
+            self._ended = {ticket: outcome for ticket, outcome in self._ended.items() if ticket in kept}
+            self._tickets, self._arrived = done, []
 
     def _take_arrived(self) -> None:
+        """Put what has arrived into the engine; a call that it refuses ends with the reason, the others go on."""
         with self._changed:
             arrived, self._arrived = self._arrived, []
             for call, requests in arrived:
-                self._tickets[call] = self.engine.submit(requests)
+                try:
+                    self._tickets[call] = self.engine.submit(requests)
+                except PagereelError as error:
+                    self._failures[call] = error
+                    self._changed.notify_all()
 
     def _hand_out(self) -> None:
         ended = self.engine.collect()

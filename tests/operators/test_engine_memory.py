@@ -241,3 +241,43 @@ def test_whatever_comes_no_slots_are_opened_that_do_not_fit(seed):
     # Memory never ran out, and no prompt went through twice.
     assert model.releases == 0
     assert run.stats.prefill_tokens == sum(len(one.prompt_ids) for one in requests)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_fault_in_company_under_a_plan_costs_no_other_request(seed):
+    """What failed runs again one by one, long ones and short ones, while others of both kinds wait."""
+    choice = random.Random(seed)
+    call = choice.choice(["append_tokens", "append_prompt", "encode"])
+    faults = Faults({(call, choice.randrange(1, 30)): RuntimeError("a kernel failed")})
+    model = CountingModel(1600, planned_tokens=1600, fault=faults, max_positions=4000)
+    requests = [request(*[2] * choice.randrange(50, 400), 40, max_new_tokens=15) for _ in range(12)]
+    run = engine(model, most_overtaking=choice.choice([3, 512]))
+    tickets = run.submit(requests)
+    ended = {}
+    for _ in range(3000):
+        run.step()
+        ended |= run.collect()
+    failed = [ticket for ticket in tickets if isinstance(ended[ticket], GenerationError)]
+    # One that ran by itself when it happened had nobody to share the blame with.
+    assert len(failed) <= 1
+    for ticket, one in zip(tickets, requests, strict=True):
+        assert ticket in failed or ended[ticket].token_ids == counted(one)
+
+
+class Shrinking(CountingModel):
+    """Memory of which others take a part, as is seen when it runs out."""
+
+    def release_memory(self):
+        super().release_memory()
+        self.planned_tokens = int(self.planned_tokens * 0.6)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_plan_that_shrinks_costs_no_request_that_runs(seed):
+    choice = random.Random(seed)
+    faults = Faults({("encode", choice.randrange(2, 12)): out_of_memory()})
+    model = Shrinking(10**6, planned_tokens=3000, fault=faults, max_positions=4000)
+    requests = [
+        request(*[2] * choice.randrange(20, 400), 40, max_new_tokens=choice.randrange(3, 18)) for _ in range(60)
+    ]
+    assert tokens(engine(model, slot_count=16).generate(requests)) == [counted(one) for one in requests]

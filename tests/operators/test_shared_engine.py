@@ -8,7 +8,7 @@ from operators.engine.engine import Engine
 from operators.engine.request import Request, SamplingParams
 from operators.engine.scheduler import SchedulerConfig
 from operators.engine.shared import SharedEngine
-from schemas.errors import WorkerLostError
+from schemas.errors import ConfigError, WorkerLostError
 
 VOCABULARY = 50
 STOP = 49
@@ -124,3 +124,16 @@ def test_after_a_surprise_later_callers_find_an_empty_engine():
         engine.generate([request(3), request(4)])
     model.fault = None
     assert [answer.token_ids for answer in engine.generate([request(46)])] == [(47, 48)]
+
+
+def test_a_call_that_is_refused_gets_the_reason_and_the_others_their_answers():
+    shared = SharedEngine(Engine(CountingModel(), SchedulerConfig(slot_count=2)))
+    good, refused = request(40), Request((40,), SamplingParams(max_new_tokens=5), answer_schema="{}")
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(shared.generate, [refused if number % 3 else good]) for number in range(15)]
+        for number, answer in enumerate(answers):
+            if number % 3:
+                with pytest.raises(ConfigError, match="was given no grammars"):
+                    answer.result(timeout=30)
+            else:
+                assert [one.finish_reason for one in answer.result(timeout=30)] == ["stop"]
