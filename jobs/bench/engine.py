@@ -18,9 +18,10 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from jobs.bench.engine_work import EndlessModel, make_requests, write_model
 from jobs.bench.machine import machine_facts
-from operators.engine.engine import Engine, EngineStats
+from operators.engine.engine import Engine
 from operators.engine.request import Completion, Request, SamplingParams
 from operators.engine.scheduler import SchedulerConfig
+from operators.engine.stats import EngineStats
 from operators.minicpmv.language import step_states
 from operators.minicpmv.patches import normalise, slice_views
 from operators.minicpmv.slots import Call

@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 from jobs.bench.engine_work import write_model
 from jobs.bench.machine import machine_facts
 from operators.answer_schema import PAGE_BLOCKS
-from operators.engine.engine import Engine, EngineStats
+from operators.engine.engine import Engine
 from operators.engine.request import Completion, Request, SamplingParams
 from operators.engine.scheduler import SchedulerConfig
+from operators.engine.stats import EngineStats
 from operators.engine.structured import Grammars
 from operators.minicpmv.model import MiniCPMV
 
