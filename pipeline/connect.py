@@ -30,7 +30,7 @@ from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCode
 import pipeline
 from pipeline.metrics import METER_INTERVAL_SECONDS, Meter, StepCount
 from pipeline.step import Chain, Flow, Step, check_contract, workers_of
-from schemas.errors import ConfigError, ContractError, WorkerLostError, one_line
+from schemas.errors import ConfigError, ContractError, TransientError, WorkerLostError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ BLOCK_BYTES = 32 * 2**20
 """Largest block between steps: little to redo on a retry, and an early first row."""
 
 TASK_RETRIES = 3
+
+SHARED_SECONDS = 60.0
+"""Time for one answer of a shared object."""
 
 NAMED_EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): \S")
 
@@ -288,6 +291,33 @@ class RayMeter:
         """Return the counts so far."""
         result: dict[str, dict[str, Any]] = ray.get(self.handle.snapshot.remote(), timeout=30)
         return result
+
+
+class RayShared:
+    """An object in a small actor of its own.
+
+    Args:
+        kind: its class.
+        arguments: what it is built with.
+    """
+
+    def __init__(self, kind: type[Any], *arguments: Any) -> None:
+        self._handle = ray.remote(kind).options(num_cpus=0, max_restarts=-1).remote(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Return what the object's method returns.
+
+        Raises:
+            TransientError: its actor cannot be reached now.
+        """
+        try:
+            return ray.get(getattr(self._handle, method).remote(*arguments), timeout=SHARED_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise TransientError(f"a service of this run cannot be reached: {one_line(error)}") from error
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._handle)
 
 
 @functools.cache

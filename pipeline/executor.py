@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from pipeline import local
 from pipeline.metrics import Meter
+from pipeline.shared import LocalShared, Shared
 from pipeline.spec import RunSpec
 from pipeline.step import Flow
 from schemas.errors import ConfigError, ServiceLostError, TransientError
@@ -56,6 +57,9 @@ class Executor(Protocol):
     def gpu_count(self) -> int:
         """Return the GPUs there are."""
 
+    def share(self, kind: type[Any], *arguments: Any) -> Shared:
+        """Build an object of `kind` that every worker of a flow reaches."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -86,6 +90,10 @@ class LocalExecutor:
     def gpu_count(self) -> int:
         """Return 1: a plain loop has one worker, which takes the device it is told to."""
         return 1
+
+    def share(self, kind: type[Any], *arguments: Any) -> Shared:
+        """Build the object in this process."""
+        return LocalShared(kind(*arguments))
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -163,6 +171,12 @@ class RayExecutor:
         from pipeline import connect
 
         return connect.cluster_gpus()
+
+    def share(self, kind: type[Any], *arguments: Any) -> Shared:
+        """Build the object in a small actor of its own; it is built again, and remembers nothing, where that dies."""
+        from pipeline import connect
+
+        return connect.RayShared(kind, *arguments)
 
     def close(self) -> None:
         """Leave Ray."""
