@@ -43,5 +43,7 @@ def with_answers(
 
 
 def asks_model(table: pa.Table, row: int) -> bool:
-    """Return whether a row is routed to the model and has not failed."""
+    """Return whether a row is routed to the model, has not failed, and was not answered before."""
+    if "ledger_hit" in table.column_names and table["ledger_hit"][row].as_py():
+        return False
     return table["route"][row].as_py() == "model" and not table["error"][row].is_valid

@@ -200,7 +200,10 @@ class PrepareImages(_PrepareForModel):
         image = page_image(table, row)
         whole = Pictures(image.reshape(-1), (Size(*image.shape[:2]),), (Grid(0, 0),))
         if route == "cpu":
-            key = content_key(whole.digest(), digest(), {"route": "cpu", "decode": self.config.decode_params})
+            # The engine's blocks lie in the points of the page, so equal pixels of another page size are not equal.
+            page = [table[name][row].as_py() for name in ("task", "page_width_pt", "page_height_pt")]
+            settings = {"route": "cpu", "decode": self.config.decode_params, "page": canonical_json(page)}
+            key = content_key(whole.digest(), digest(), settings)
             return whole.columns() | {"content_key": key}
         try:
             return self._asked(image, table["task"][row].as_py(), table["kind"][row].as_py())

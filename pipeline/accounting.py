@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.committed import CommittedRecords
 from pipeline.documents import COUNTS
 from pipeline.key_index import KeySet
-from pipeline.ledger import CommittedRecords, Ledger
+from pipeline.ledger import Ledger
 from pipeline.plan import PlanReader, record_counts, unit_keys
 from pipeline.publish import Manifest, fingerprint_of, published_tables, read_manifest
 from pipeline.storage import Storage

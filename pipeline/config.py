@@ -26,6 +26,7 @@ from operators.probe import ProbeConfig
 from operators.prompts import prompt_for
 from operators.read import MODEL_ID, ReadPagesConfig
 from operators.skip import SkipSegmentsConfig
+from pipeline.answers import FindAnswersConfig
 from pipeline.dials import LARGEST_SEGMENT_PIXELS_BYTES, clip_slicing, page_slicing, segment_bytes, temporal_config
 from pipeline.endpoint import ask_config, frame_sampling, frame_size, picture_settings, sampling_of
 from pipeline.endpoint import segment_bytes as sent_segment_bytes
@@ -36,10 +37,10 @@ from pipeline.spec import RunSpec
 from pipeline.versions import versions
 from schemas.errors import ConfigError
 from schemas.ids import canonical_json, digest
-from schemas.vocabulary import SCHEMA_VERSION
 
-RULES_VERSION = "1"
-"""Raised when a change of ours changes rows: how text layers are judged, answers parsed, frames chosen."""
+RULES_VERSION = "2"
+"""Raised when a change of ours changes what rows say: how text layers are judged, answers parsed, frames chosen. A new
+column raises the schema version instead, which no key holds: rows of an older one stay, and lack it."""
 
 MAX_NEW_TOKENS = 4096
 GPU_SCHEDULER = SchedulerConfig(slot_count=64, chunk_tokens=4096, encode_ahead=16)
@@ -63,6 +64,7 @@ class FlowConfig(BaseModel):
 
     Attributes:
         encode: None when no server reads; it takes the place of the two before.
+        find: None when answers that were given before are not looked for.
         generate: None when no model reads here.
         ask: None when no server reads.
         read: None when the CPU engine is not needed.
@@ -83,6 +85,7 @@ class FlowConfig(BaseModel):
     prepare_pages: PrepareConfig
     prepare_clips: PrepareConfig
     encode: EncodeConfig | None
+    find: FindAnswersConfig | None
     generate: GenerateConfig | None
     ask: AskEndpointConfig | None
     parse: ParseCompletionsConfig
@@ -117,7 +120,6 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
     """Return the settings under which `spec` plans and keys its records."""
     found = versions()
     shared: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
         "task": spec.task,
         "engine": reading.engine,
         "model": _model_identity(reading),
@@ -126,7 +128,7 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
         "thinking": spec.thinking,
         "use_image_id": spec.use_image_id,
         "decoders": {name: found[name] for name in DECODER_PACKAGES},
-        "cpu_engine": [MODEL_ID, found["rapidocr-onnxruntime"], ReadPagesConfig().model_dump(exclude={"threads"})],
+        "cpu_engine": _cpu_engine(),
         "rules": RULES_VERSION,
     }
     pages = shared | {
@@ -167,6 +169,7 @@ def compose(
     has_videos: bool = True,
     pass_index: int = 0,
     is_second_look: bool = False,
+    find: FindAnswersConfig | None = None,
 ) -> FlowConfig:
     """Return the options of every operator.
 
@@ -180,6 +183,7 @@ def compose(
         has_videos: whether segments are among the records; their pixels bound how many go together.
         pass_index: above 0, rows of this call replace those of earlier passes.
         is_second_look: pages are shown to the model with other slices than those it failed on.
+        find: where answers are that were given before.
     """
     settings = planning_settings(spec, reading)
     looks = second_look_of(spec, reading)
@@ -190,7 +194,7 @@ def compose(
         pages = looks.other
     temporal = _temporal(spec, reading)
     fetch = FetchConfig()
-    decode_params = canonical_json([reading.model_id, reading.model_revision, _decode_params(spec, reading)])
+    decode_params = _content_settings(spec, reading)
     prepare: dict[str, Any] = {
         "model_folder": folder,
         "use_image_id": spec.use_image_id,
@@ -235,6 +239,7 @@ def compose(
         )
         if reading.server
         else None,
+        find=find,
         generate=_generate(spec, reading) if reading.model else None,
         ask=ask_config(spec, reading.server) if reading.server else None,
         parse=ParseCompletionsConfig(
@@ -252,6 +257,7 @@ def compose(
             clip_max_slice_nums=clips.max_slices if reading.model else None,
             max_attempts=(spec.attempts if reading.model else 1) * (2 if looks else 1) if reading.asks_model else None,
             pass_index=pass_index,
+            answers=find.index if find else None,
         ),
         settings_digest=settings.digest,
         decode_workers=spec.workers or worker_count,
@@ -350,6 +356,17 @@ def _decode_params(spec: RunSpec, reading: Reading) -> str:
             "further_attempts": further,
         }
     )
+
+
+def _content_settings(spec: RunSpec, reading: Reading) -> str:
+    """Return what determines the answer beside what is shown, as JSON: a part of the content key."""
+    if not reading.asks_model:
+        return canonical_json(_cpu_engine())
+    return canonical_json([*_model_identity(reading), _dtype(spec, reading), _decode_params(spec, reading)])
+
+
+def _cpu_engine() -> list[Any]:
+    return [MODEL_ID, versions()["rapidocr-onnxruntime"], ReadPagesConfig().model_dump(exclude={"threads"})]
 
 
 def _family(reading: Reading) -> Family | None:

@@ -6,6 +6,7 @@ finite and errored blocks stay at zero; a failed attempt ends with an exception,
 is still owed.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -316,8 +317,9 @@ class RayShared:
             raise TransientError(f"a service of this run cannot be reached: {one_line(error)}") from error
 
     def close(self) -> None:
-        """End the actor."""
-        ray.kill(self._handle)
+        """End the actor; a cluster that is gone has ended it already."""
+        with contextlib.suppress(*RAY_ERRORS, RuntimeError):
+            ray.kill(self._handle)
 
 
 @functools.cache

@@ -4,10 +4,13 @@
 
     sources --- PlanSources ---> units, written to the ledger
 
-    units of documents --- DecodeDocuments - PrepareImages ---.
-                                                              |--- Generate - ParseCompletions ---.
-    units of videos ------ DecodeClips ----- PrepareClips ----'                                   |
-                                                                  WriteRecords --- ReadPages -----'
+    units of documents --- DecodeDocuments - PrepareImages - FindAnswers ---.
+                                                                            |--- Generate - ParseCompletions ---.
+    units of videos ------ DecodeClips ----- PrepareClips -- FindAnswers ---'                                   |
+                                                                                WriteRecords --- ReadPages -----'
+
+What a record shows may have been answered before, for another file or in an earlier run: `FindAnswers` fills that in,
+and a second record that shows what is being asked leaves the flow, still owed, for the next round.
 
 A page on which the model failed may leave the flow owed a second look: the same steps then run once more over these
 pages, with other slices, and their rows replace the first.
@@ -27,6 +30,7 @@ from operators.parse.completions import ParseCompletions
 from operators.prepare import PrepareClips, PrepareImages
 from operators.read import ReadPages
 from operators.skip import SkipSegments
+from pipeline.answers import FindAnswers
 from pipeline.config import FlowConfig
 from pipeline.planning import PlanSources, PlanSourcesConfig
 from pipeline.sink import WriteRecords
@@ -79,6 +83,7 @@ def document_head(config: FlowConfig) -> list[Step]:
         Step(EncodePages, config.encode, same_worker=True)
         if config.encode
         else Step(PrepareImages, config.prepare_pages, same_worker=True),
+        *find_step(config),
     ]
 
 
@@ -91,7 +96,13 @@ def video_head(config: FlowConfig) -> list[Step]:
         Step(EncodeClips, config.encode, same_worker=True)
         if config.encode
         else Step(PrepareClips, config.prepare_clips, same_worker=True),
+        *find_step(config),
     ]
+
+
+def find_step(config: FlowConfig) -> list[Step]:
+    """Answers that were given before to the same pixels and prompt."""
+    return [Step(FindAnswers, config.find, same_worker=True)] if config.find else []
 
 
 def record_trunk(config: FlowConfig) -> list[Step]:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from operators.base import require_columns
 from pipeline.addresses import stored_error, stored_uri
+from pipeline.commits import Clock, conformed, parquet_bytes, utc_now
+from pipeline.committed import Again, CommittedRecords
 from pipeline.key_index import NEVER, KeySet, SourceIndex, short_key
-from pipeline.ledger import Again, Clock, CommittedRecords, parquet_bytes, utc_now
 from pipeline.storage import Storage
 from schemas.errors import ContractError
 from schemas.ids import digest
@@ -169,7 +170,7 @@ class PlanReader:
     def _part(self, number: int) -> pa.Table:
         if number not in self._kept:
             with self._storage.open_input(self.names[number]) as file:
-                self._kept[number] = pq.read_table(file).cast(PLANNED_UNIT)
+                self._kept[number] = conformed(pq.read_table(file), PLANNED_UNIT)
             if len(self._kept) > PARTS_KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(number)

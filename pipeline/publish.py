@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from operators.base import rows_to_table
+from pipeline.commits import Clock, utc_now
+from pipeline.committed import CommittedRecords
 from pipeline.documents import DocumentTally
 from pipeline.key_index import KeySet
-from pipeline.ledger import PARTS, Clock, CommittedRecords, Ledger, utc_now
+from pipeline.ledger import Ledger
+from pipeline.parts import PartCache
 from pipeline.plan import PlanReader, record_counts, unit_keys
 from pipeline.rows import REPRO_TEMPLATE, repro_command
 from pipeline.storage import Storage
@@ -35,7 +38,6 @@ logger = logging.getLogger(__name__)
 MANIFEST: Final = "_PUBLISHED.json"
 RUN_ROWS: Final = "ledger/runs"
 RECORDS_AT_ONCE: Final = 2000
-CACHE_BYTES: Final = 64 * 2**20
 
 _VIDEO_FACTS: Final = {
     "video_duration_seconds": "duration_seconds",
@@ -248,33 +250,6 @@ class _Publication:
         together = pa.concat_tables([table, rows_to_table(rows, ERRORS)])
         order = np.argsort(np.concatenate([owners, failed]), kind="stable")
         return together.take(pa.array(order))
-
-
-class PartCache:
-    """Part files, the latest used kept in memory up to `CACHE_BYTES`."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._names = set(storage.list(PARTS))
-        self._kept: OrderedDict[str, pa.Table] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, table_name: str, part_id: str) -> pa.Table | None:
-        """Return the rows of one table in a part, without the ordering column; None where it has none."""
-        name = f"{PARTS}/{table_name}/{part_id}.parquet"
-        if name not in self._names:
-            return None
-        if name not in self._kept:
-            with self._storage.open_input(name) as file:
-                # Parts are small: threads would cost more than they give.
-                table = pq.ParquetFile(file).read(columns=TABLES[table_name].names, use_threads=False)
-            table = table.cast(TABLES[table_name])
-            self._kept[name] = table
-            self._bytes += table.nbytes
-            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
-        self._kept.move_to_end(name)
-        return self._kept[name]
 
 
 def _groups(units: pa.Table) -> Iterator[pa.Table]:

@@ -8,11 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.accounting import Accounting, account
+from pipeline.answers import AnswerIndex, FindAnswersConfig
+from pipeline.commits import utc_now
+from pipeline.committed import Again, CommittedRecords
 from pipeline.config import FlowConfig, compose, planning_settings
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
 from pipeline.flow import HEADS, head_of, plan_flow, record_flow
 from pipeline.lease import Lease
-from pipeline.ledger import Again, CommittedRecords, Ledger, utc_now
+from pipeline.ledger import Ledger
 from pipeline.local import rebatch
 from pipeline.plan import ListingCache, PlanCounts, PlanReader, as_units, count_owed, count_plan, owed_units, unit_keys
 from pipeline.progress import Observer, Progress, Silent
@@ -169,7 +172,7 @@ class _Run:
             self.progress.failed_sources += planned.num_rows - planned["error_code"].null_count
         self.seconds["plan"] = time.perf_counter() - began
 
-    def _config(self) -> FlowConfig:
+    def _config(self, find: FindAnswersConfig | None = None) -> FlowConfig:
         gpus = self.executor.gpu_count() if self.reading.uses_gpu else 0
         if self.reading.uses_gpu and not gpus:
             raise ConfigError(f"no GPU is in the cluster at {self.spec.address}: use --device cpu or --engine cpu")
@@ -183,6 +186,7 @@ class _Run:
             has_videos=bool(self.counts.records_by_kind["video"]),
             pass_index=self.second_pass or (self.again.pass_index if self.again else 0),
             is_second_look=self.second_pass is not None,
+            find=find,
         )
         self.gpus_held = config.gpu_workers * config.gpus_per_worker
         return config
@@ -220,7 +224,7 @@ class _Run:
         Raises:
             TransientError: attempts end and nothing that is owed comes out of them.
         """
-        stalled, owed_before, failure = 0, math.inf, None
+        stalled, owed_before, failure, waits = 0, math.inf, None, True
         while True:
             units, owed = self._owed(committed)
             if not owed:
@@ -234,8 +238,9 @@ class _Run:
                 self.observer.note(f"the flow broke off and is started again over what is owed: {failure}")
             owed_before = owed
             try:
-                self._attempt(units)
-                failure = None
+                self._attempt(units, waits=waits)
+                # What waited for another's answer has it now, or asks itself.
+                failure, waits = None, False
             except ServiceLostError:
                 # The step that waits for it has waited long enough.
                 raise
@@ -269,16 +274,20 @@ class _Run:
         self.executor.start()
         self.seconds["start"] = self.seconds.get("start", 0.0) + time.perf_counter() - began
 
-    def _attempt(self, units: dict[str, list[Any]]) -> None:
+    def _attempt(self, units: dict[str, list[Any]], *, waits: bool) -> None:
         self._phase("run")
         began = time.perf_counter()
         done_before = self.progress.run_seconds
+        uris = (self.spec.output,)
+        answers = self.executor.share(AnswerIndex, uris)
+        config = self._config(FindAnswersConfig(uris=uris, index=answers, waits=waits))
         try:
-            for table in self.executor.run(record_flow(self._config()), units):
+            for table in self.executor.run(record_flow(config), units):
                 self.lease.check()
                 self._count(table)
                 self.progress.run_seconds = done_before + time.perf_counter() - began
         finally:
+            answers.close()
             self.progress.run_seconds = done_before + time.perf_counter() - began
             self.seconds["run"] = self.progress.run_seconds
             self.progress.steps = self.executor.steps()

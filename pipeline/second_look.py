@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from operators.minicpmv.family import Family
 from operators.minicpmv.slicing import DownsampleMode, SliceConfig
 from operators.parse.second_look import SecondLook
+from pipeline.committed import CommittedRecords
 from pipeline.dials import page_slicing
-from pipeline.ledger import CommittedRecords
-from pipeline.publish import PartCache
+from pipeline.parts import PartCache
 from pipeline.reading import Reading
 from pipeline.spec import RunSpec
 from pipeline.storage import Storage

@@ -1,5 +1,6 @@
 """The sink: finished records to part files and one commit."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final
@@ -9,7 +10,10 @@ from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, rows_to_table
 from pipeline.addresses import stored_record, stored_uri
-from pipeline.ledger import Ledger, utc_now
+from pipeline.answers import kept_answers
+from pipeline.commits import utc_now
+from pipeline.ledger import Ledger
+from pipeline.parts import ANSWERS
 from pipeline.rows import (
     REPRO_TEMPLATE,
     RowContext,
@@ -21,9 +25,11 @@ from pipeline.rows import (
     segment_row,
 )
 from pipeline.storage import Storage
-from schemas.errors import ContractError
+from schemas.errors import ContractError, TransientError
 from schemas.generation import RECORD
 from schemas.tables import PART_TABLES, TABLES, check_vocabulary
+
+logger = logging.getLogger(__name__)
 
 UNREAD: Final = ("pixels", "pixel_encoding", "slice_shapes", "prompt_ids", "text_layer_text", "text_layer_blocks")
 """Columns of RECORD that no table needs; a step before may have dropped them."""
@@ -72,6 +78,9 @@ class WriteRecordsConfig(OperatorConfig):
     pass_index: Annotated[
         int, Field(ge=0, description="Above 0 these rows replace those of earlier passes over the same run.")
     ] = 0
+    answers: Annotated[Any, Field(description="An `AnswerIndex` that is told of what was committed; null: none.")] = (
+        None
+    )
 
 
 class WriteRecords(Operator[WriteRecordsConfig]):
@@ -101,7 +110,8 @@ class WriteRecords(Operator[WriteRecordsConfig]):
                 raise ContractError(f"a record of {stored_uri(record['source_uri'])} has no key or no unit")
         once = list({record["record_key"]: record for record in reversed(records)}.values())[::-1]
         part_id = self._ledger.begin([record["record_key"] for record in once])
-        tables = tables_of(once, self._context())
+        answers = kept_answers(once)
+        tables = tables_of(once, self._context()) | {ANSWERS: answers}
         units: dict[str, list[str]] = defaultdict(list)
         statuses: dict[str, list[str]] = defaultdict(list)
         for record in once:
@@ -119,7 +129,17 @@ class WriteRecords(Operator[WriteRecordsConfig]):
             pass_index=self.config.pass_index,
             ledger_hits=sum(bool(record.get("ledger_hit")) for record in once),
         )
+        self._note(part_id, answers)
         return rows_to_table([_summary(record, part_id) for record in records], SUMMARY)
+
+    def _note(self, part_id: str, answers: pa.Table) -> None:
+        if self.config.answers is None or not answers.num_rows:
+            return
+        try:
+            self.config.answers.call("note", part_id, answers["content_key"].to_pylist())
+        except TransientError as error:
+            # What is not noted is looked up after the next round has read the commits.
+            logger.warning("%s", error)
 
     def _context(self) -> RowContext:
         return RowContext(
@@ -168,7 +188,9 @@ def _token_sums(records: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _tokens(record: Mapping[str, Any]) -> dict[str, int | None]:
-    """Return the token counts of a record; what was written for a row that will be replaced is wasted."""
+    """Return the tokens that a record cost; what was written for a row that will be replaced is wasted."""
+    if record.get("ledger_hit"):
+        return dict.fromkeys(TOKEN_COLUMNS, 0)
     tokens = {name: record[name] for name in TOKEN_COLUMNS}
     if record["needs_second_look"]:
         tokens["tokens_wasted"] = (record["tokens_wasted"] or 0) + (record["output_tokens"] or 0)

@@ -12,7 +12,8 @@ Classes are named by who must act::
     │   ├── GenerationError
     │   └── ParseError
     ├── TransientError         the same call may work later: bounded retry
-    │   └── ServiceLostError   who runs the server that rows wait for: the run stops, the same command resumes
+    │   ├── ServiceLostError   who runs the server that rows wait for: the run stops, the same command resumes
+    │   └── WorkersBrokenError who runs the machines: workers die whatever they are given; the same command resumes
     ├── WorkerLostError        this process is unusable: it is replaced, the batch runs again
     └── ContractError          a programmer: a step broke its declared columns
 """
@@ -75,10 +76,16 @@ ERROR: Final = pa.struct(
         pa.field("exit_signal", pa.int16()),
         pa.field("retryable", pa.bool_()),
         pa.field("attempt", pa.int16()),
+        pa.field("batch_id", pa.string()),
+        pa.field("batch_size", pa.int32()),
+        pa.field("bisect_depth", pa.int16()),
+        pa.field("node_id", pa.string()),
+        pa.field("actor_id", pa.string()),
     ]
 )
 """One failure, as it travels in a row. `error` ends the row; `recovered` lists failures it survived. `attempt` is the
-model's attempt at the record that failed, null where no answer was tried."""
+model's attempt at the record that failed, null where no answer was tried; the fields after it are those of a record
+that ended its workers, and `attempt` is then the last of these."""
 
 
 class PagereelError(Exception):
@@ -173,6 +180,10 @@ class TransientError(PagereelError):
 
 class ServiceLostError(TransientError):
     """A server that rows wait for has answered nobody for long: no row is marked, and no further attempt is made."""
+
+
+class WorkersBrokenError(TransientError):
+    """Workers die whatever they are given: no row is marked, and no further attempt is made."""
 
 
 class WorkerLostError(PagereelError):

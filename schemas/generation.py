@@ -84,7 +84,23 @@ DECODED: Final = pa.schema([*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PAG
 """Rows after decode: a page carries `image`, a segment already carries its `pixels` (see operators/decode/video.py)."""
 
 RECORD: Final = pa.schema(
-    [*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PIXELS, *REQUEST, *GENERATION, *RESULT, *FAILURES]
+    [
+        *(*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PIXELS, *REQUEST, *GENERATION, *RESULT, *FAILURES),
+        pa.field("ledger_hit", pa.bool_()),
+    ]
 )
 """Rows from prepare to sink: one record each, the same columns for pages and segments, null where not applicable or
-not yet known."""
+not yet known. `ledger_hit` marks an answer that was given before, to the same pixels and prompt."""
+
+KEPT_ANSWER: Final = pa.schema(
+    [
+        pa.field("content_key", pa.string()),
+        pa.field("record_key", pa.string()),
+        pa.field("doc_id", pa.string()),
+        *GENERATION,
+        *(field for field in RESULT if field.name != "needs_second_look"),
+        pa.field("lost", pa.list_(ERROR)),
+    ]
+)
+"""An answer as the ledger keeps it, for whatever record shows the same: of a model as it was written, before it was
+judged, so without a result; of the CPU engine with one. `lost` holds the failures of attempts before it."""

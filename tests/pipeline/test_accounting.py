@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.accounting import Accounting, account
-from pipeline.ledger import COMMITS, PARTS
+from pipeline.commits import COMMITS, PARTS
 from pipeline.plan import write_plan_part
 from pipeline.publish import publish
 from pipeline.sink import WriteRecords, WriteRecordsConfig

@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.commits import COMMITS, PARTS, parse_commit
+from pipeline.committed import Again
 from pipeline.key_index import KeyIndex, KeySet
 from pipeline.lease import LEASES, Lease
-from pipeline.ledger import COMMITS, PARTS, Again, Ledger, parse_commit
+from pipeline.ledger import Ledger
 from pipeline.storage import Storage
 from schemas.errors import ConfigError, ContractError, TransientError
 from schemas.tables import PAGES
@@ -215,7 +217,7 @@ def test_a_silent_lease_of_another_machine_is_taken_over_and_its_holder_notices(
 
 def test_the_lease_of_a_process_that_is_gone_from_this_machine_is_free_at_once(storage: Storage) -> None:
     code = (
-        "import os, sys; from pipeline.lease import Lease; from pipeline.ledger import utc_now;"
+        "import os, sys; from pipeline.lease import Lease; from pipeline.commits import utc_now;"
         "from pipeline.storage import Storage;"
         "Lease(Storage(sys.argv[1]), utc_now).acquire(); os._exit(1)"
     )

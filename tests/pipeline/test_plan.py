@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipeline.committed import Again
 from pipeline.key_index import SourceIndex
-from pipeline.ledger import Again, Ledger
+from pipeline.ledger import Ledger
 from pipeline.plan import (
     PLAN,
     ListingCache,

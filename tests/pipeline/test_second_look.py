@@ -19,7 +19,8 @@ from operators.minicpmv.family import FAMILIES
 from operators.minicpmv.slicing import SliceConfig
 from pipeline import run
 from pipeline.accounting import account
-from pipeline.ledger import COMMITS, Ledger
+from pipeline.commits import COMMITS
+from pipeline.ledger import Ledger
 from pipeline.plan import PlanReader, as_units, count_owed, owed_units, unit_keys, write_plan_part
 from pipeline.progress import Silent
 from pipeline.publish import publish

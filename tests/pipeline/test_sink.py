@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.ledger import COMMITS, Ledger
+from pipeline.commits import COMMITS
+from pipeline.ledger import Ledger
 from pipeline.rows import norm1000, repro_command, section_paths
 from pipeline.sink import SUMMARY, UNREAD, WriteRecords, WriteRecordsConfig
 from pipeline.storage import Storage
@@ -210,9 +211,8 @@ def test_a_missing_column_is_a_contract_error(storage: Storage) -> None:
         sink(storage)(records_table([one_page()]).drop_columns(["status"]))
 
 
-def test_a_row_copied_from_another_ledger_is_marked(storage: Storage) -> None:
-    table = records_table([one_page()])
-    sink(storage)(table.append_column("ledger_hit", [[True]]))
+def test_a_row_whose_answer_was_given_before_is_marked(storage: Storage) -> None:
+    sink(storage)(records_table([one_page(ledger_hit=True)]))
     assert rows_of(storage, "pages")[0]["ledger_hit"]
     assert next(iter(Ledger(storage).commits())).ledger_hits == 1
 

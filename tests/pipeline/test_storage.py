@@ -20,8 +20,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.accounting import account
+from pipeline.commits import utc_now
 from pipeline.lease import Lease
-from pipeline.ledger import Ledger, utc_now
+from pipeline.ledger import Ledger
 from pipeline.plan import owed_units, read_plan, write_plan_part
 from pipeline.publish import publish
 from pipeline.sink import WriteRecords, WriteRecordsConfig

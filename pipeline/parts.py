@@ -1,0 +1,44 @@
+"""Part files of a ledger, read once and kept for a while."""
+
+from collections import OrderedDict
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.commits import PARTS, conformed, part_path
+from pipeline.storage import Storage
+from schemas.generation import KEPT_ANSWER
+from schemas.tables import PART_TABLES, TABLES
+
+ANSWERS: Final = "answers"
+PART_SCHEMAS: Final = {name: TABLES[name] for name in PART_TABLES} | {ANSWERS: KEPT_ANSWER}
+"""What is read of the part files of each table; an older version's missing columns are null."""
+
+CACHE_BYTES: Final = 64 * 2**20
+
+
+class PartCache:
+    """Part files, the latest used kept in memory up to `CACHE_BYTES`."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._names = set(storage.list(PARTS))
+        self._kept: OrderedDict[str, pa.Table] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, table_name: str, part_id: str) -> pa.Table | None:
+        """Return the rows of one table in a part, without the ordering column; None where it has none."""
+        name = part_path(table_name, part_id)
+        if name not in self._names:
+            return None
+        if name not in self._kept:
+            with self._storage.open_input(name) as file:
+                # Parts are small: threads would cost more than they give.
+                table = conformed(pq.ParquetFile(file).read(use_threads=False), PART_SCHEMAS[table_name])
+            self._kept[name] = table
+            self._bytes += table.nbytes
+            while self._bytes > CACHE_BYTES and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.move_to_end(name)
+        return self._kept[name]
