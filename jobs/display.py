@@ -37,9 +37,11 @@ def duration(seconds: float | None) -> str:
 
 def counts_line(progress: Progress) -> str:
     """Return one line that says how far a run is."""
-    parts = [f"{progress.resumed + progress.done}/{progress.planned} done"]
+    parts = [f"{progress.resumed + progress.ledger_hits + progress.done}/{progress.planned} done"]
     if progress.resumed:
         parts.append(f"{progress.resumed} of them before")
+    if progress.ledger_hits:
+        parts.append(f"{progress.ledger_hits} from the ledger")
     parts.append(f"{progress.per_second():.2f}/s")
     if progress.output_tokens and progress.run_seconds:
         parts.append(f"{progress.output_tokens / progress.run_seconds:.0f} tokens/s")
@@ -126,7 +128,7 @@ class LiveDisplay:
         if progress.phase == "done":
             self.close()
             return
-        done = progress.resumed + progress.done
+        done = progress.resumed + progress.ledger_hits + progress.done
         bar = ProgressBar(total=max(1, progress.planned), completed=done, width=40, pulse=progress.phase != "run")
         head = Table.grid(padding=(0, 2))
         head.add_row(Text(progress.phase, style="bold"), bar, Text(duration(progress.seconds)))

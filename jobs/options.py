@@ -30,7 +30,7 @@ GROUPS = {
         "endpoint_jpeg_quality", "endpoint_frame_px",
     ),
     "Where it runs": ("address", "local", "workers", "gpus", "gpus_per_worker", "cuda_graphs", "object_store_mb"),
-    "Result": ("max_error_rate", "price_per_gpu_hour"),
+    "Result": ("ledger", "max_error_rate", "price_per_gpu_hour"),
 }  # fmt: skip
 
 

@@ -87,6 +87,10 @@ def _work(summary: RunSummary) -> str:
         parts.append(f"{summary.frames} frames")
     if summary.resumed:
         parts.append(f"{summary.resumed} were done before")
+    if summary.ledger_hits:
+        parts.append(f"{summary.ledger_hits} taken over from the ledger")
+    if summary.known_answers:
+        parts.append(f"{summary.known_answers} took an answer that was given before to the same page")
     if summary.computed and run_seconds:
         parts.append(f"{summary.computed / run_seconds:.2f} a second")
     return ", ".join(parts)

@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from operators.base import with_columns
 from schemas.errors import RecordError, error_struct
-from schemas.generation import FAILURES, GENERATION
+from schemas.generation import ANSWERED_BY, FAILURES, GENERATION
 
-ANSWERED: Final = pa.schema([*GENERATION, *FAILURES])
+ANSWERED: Final = pa.schema([*GENERATION, *FAILURES, pa.field("answered_by", ANSWERED_BY)])
 """The columns that answering adds."""
 
 
@@ -33,6 +33,10 @@ def with_answers(
     for name in GENERATION.names:
         before = table[name].to_pylist() if name in table.schema.names else [None] * table.num_rows
         columns[name] = [answers[row][name] if row in answers else before[row] for row in range(table.num_rows)]
+    names = [field.name for field in ANSWERED_BY]
+    columns["answered_by"] = [
+        {name: answers[row][name] for name in names} if row in answers else None for row in range(table.num_rows)
+    ]
     errors, survived = table["error"].to_pylist(), table["recovered"].to_pylist()
     for row, outcome in outcomes.items():
         if isinstance(outcome, RecordError):

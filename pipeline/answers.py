@@ -27,9 +27,8 @@ from schemas.generation import GENERATION, KEPT_ANSWER, RECORD, RESULT
 logger = logging.getLogger(__name__)
 
 ROUTES: Final = ("model", "cpu")
-MODEL_ENGINES: Final = ("torch", "endpoint")
-ANSWERING: Final = ("Generate", "AskEndpoint", "ReadPages")
-"""Components whose failures belong to an answer; others are of the page, or of how it was judged."""
+MODEL_STEPS: Final = ("Generate", "AskEndpoint")
+"""Components whose failures belong to an answer of a model; others are of the page, or of how it was judged."""
 
 WHOLE_PART_BYTES: Final = 4 * 2**20
 """Of a larger part only the column of keys is fetched."""
@@ -165,27 +164,30 @@ class FindAnswers(Operator[FindAnswersConfig]):
 
 
 def kept_answers(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return the KEPT_ANSWER rows of finished records: of those that were asked, and whose answer is still whole.
-
-    Where the text layer or the CPU engine answered in the place of the model, the model's columns are overwritten.
-    """
+    """Return the KEPT_ANSWER rows of finished records that were asked just now, good answers and bad."""
     return rows_to_table([row for row in map(_kept, records) if row is not None], KEPT_ANSWER)
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    if record["content_key"] is None or record.get("ledger_hit"):
+    if record["content_key"] is None or record["ledger_hit"]:
         return None
-    shared = {name: record[name] for name in ("content_key", "record_key", "doc_id", *GENERATION.names)}
+    shared: dict[str, Any] = {name: record[name] for name in ("content_key", "record_key", "doc_id", *GENERATION.names)}
     failures = record["recovered"] or ()
+    if record["answered_by"] is not None and record["completion"] is not None:
+        return {**shared, **record["answered_by"], "lost": _lost(record["attempt"], failures)}
     if record["route"] == "cpu" and record["rung"] is None and record["error"] is None:
-        result = {name: record[name] for name in _RESULT_NAMES}
-        return shared | result | {"lost": [failure for failure in failures if failure["component"] in ANSWERING]}
-    if record["completion"] is None or record["engine"] not in MODEL_ENGINES:
-        return None
-    # A second look goes on from the failures of the first: its own attempts count on from there.
-    before = max((failure["attempt"] or 0 for failure in failures if failure["component"] not in ANSWERING), default=0)
-    lost = [failure for failure in failures if failure["component"] in ANSWERING and (failure["attempt"] or 0) > before]
-    return shared | {"lost": lost}
+        lost = [failure for failure in failures if failure["component"] == "ReadPages"]
+        return shared | {name: record[name] for name in _RESULT_NAMES} | {"lost": lost}
+    return None
+
+
+def _lost(attempt: int | None, failures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the failures of the attempts right before one, at the same pixels."""
+    of_model = {failure["attempt"]: failure for failure in failures if failure["component"] in MODEL_STEPS}
+    number = (attempt or 1) - 1
+    while number in of_model:
+        number -= 1
+    return [of_model[count] for count in range(number + 1, attempt or 1)]
 
 
 def _asks(row: Mapping[str, Any]) -> bool:

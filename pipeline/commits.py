@@ -55,6 +55,8 @@ class CommitRecord(BaseModel):
         replaces: part ids of the commits that this one holds the rows of, and that count for nothing beside it.
         copied: True for rows that were taken over from a shared ledger.
         run_uri: the run folder that gave the rows, where this is a shared ledger.
+        inputs: what a run listed, where this commit holds a listing.
+        listing_digest: of what was found there.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,6 +77,8 @@ class CommitRecord(BaseModel):
     replaces: tuple[str, ...] = ()
     copied: bool = False
     run_uri: str | None = None
+    inputs: tuple[str, ...] = ()
+    listing_digest: str | None = None
 
     @property
     def rank(self) -> tuple[int, str, str]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,26 @@ from schemas.vocabulary import QUIET_STATUSES, STATUSES
 RETRYABLE_BIT = 1 << 8
 SECOND_LOOK_BIT = 1 << 9
 _STATUS_BITS = RETRYABLE_BIT - 1
+
+
+class Outcome(NamedTuple):
+    """What became of a committed record.
+
+    Attributes:
+        retryable: its failure may pass by itself.
+        committed_at: when its commit was made, as text that sorts.
+        part_id: the part that holds its row.
+    """
+
+    status: str
+    retryable: bool
+    committed_at: str
+    part_id: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether a row in `errors` explains it."""
+        return self.status not in QUIET_STATUSES
 
 
 class CommittedRecords:
@@ -41,6 +62,23 @@ class CommittedRecords:
         """Return the status of `record_key`, None where it is owed."""
         entry = self._done(record_key)
         return None if entry is None else STATUSES[entry.state & _STATUS_BITS]
+
+    def outcomes_of(self, record_keys: Sequence[str]) -> "list[Outcome | None]":
+        """Return what became of each key, None where it is owed."""
+        commits, states = self._index.lookup(record_keys)
+        done = (commits >= 0) & (states & SECOND_LOOK_BIT == 0)
+        return [
+            Outcome(STATUSES[state & _STATUS_BITS], bool(state & RETRYABLE_BIT), *self._ranks[commit][1:])
+            if is_done
+            else None
+            for commit, state, is_done in zip(commits.tolist(), states.tolist(), done.tolist(), strict=True)
+        ]
+
+    def held_by(self, part_id: str, record_keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """Return for each key whether its row that counts lies in a part, for a first look as well."""
+        commits, _ = self._index.lookup(record_keys)
+        held = [commit >= 0 and self._ranks[commit][2] == part_id for commit in commits.tolist()]
+        return np.array(held, dtype=bool)
 
     def parts_of(self, record_keys: Sequence[str]) -> list[str | None]:
         """Return `part_of` each key."""

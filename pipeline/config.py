@@ -158,6 +158,23 @@ def planning_settings(spec: RunSpec, reading: Reading) -> Settings:
     )
 
 
+def probe_config(spec: RunSpec, settings: Settings) -> ProbeConfig:
+    """Return what is owed of each source."""
+    return ProbeConfig(
+        task=spec.task,
+        page_settings=settings.pages,
+        segment_settings=settings.segments,
+        segment_seconds=spec.segment_seconds,
+        fetch=FetchConfig(),
+    )
+
+
+def probe_digest(config: ProbeConfig) -> str:
+    """Return a digest of what decides how the bytes of a source are understood, whatever is asked of it."""
+    found = versions()
+    return digest(canonical_json([RULES_VERSION, {name: found[name] for name in DECODER_PACKAGES}, config.max_pages]))
+
+
 def compose(
     spec: RunSpec,
     reading: Reading,
@@ -206,13 +223,7 @@ def compose(
     reads_pages = spec.task in ("ocr", "parse") and spec.text_layer != "only"
     gpus = min(gpu_count, spec.gpus) if spec.gpus is not None else gpu_count
     return FlowConfig(
-        probe=ProbeConfig(
-            task=spec.task,
-            page_settings=settings.pages,
-            segment_settings=settings.segments,
-            segment_seconds=spec.segment_seconds,
-            fetch=fetch,
-        ),
+        probe=probe_config(spec, settings),
         documents=DecodeDocumentsConfig(
             dpi=spec.dpi,
             max_pixels=spec.max_pixels,

@@ -43,9 +43,12 @@ HEADS = (DOCUMENT_HEAD, VIDEO_HEAD)
 """In the order in which units are handed out."""
 
 NO_PROGRESS_SECONDS = 3600
-SLOW_PROGRESS_SECONDS = 6 * 3600
-"""A model of full size on a CPU can take hours over one batch, during which no block moves; so can a busy server."""
+"""A worker shows a sign of life at each page, and at each step of the model. Without one it may load a model of full
+size, or the copy of a large video, from a slow store."""
 
+SLOW_PROGRESS_SECONDS = 6 * 3600
+"""A batch that is asked of a busy server shows no sign until its last answer is there, a task of the plan not until it
+has read its sources."""
 
 BATCHES_IN_FLIGHT = 2
 """Batches of a model's worker at once: while the last answers of one are written, the next fills the free slots."""
@@ -62,6 +65,7 @@ def plan_flow(config: FlowConfig, run_uri: str | None) -> Flow:
     return Flow(
         heads={"sources": [Step(PlanSources, plan, workers=(1, config.decode_workers))]},
         incoming=SOURCE,
+        no_progress_seconds=SLOW_PROGRESS_SECONDS,
     )
 
 
@@ -70,9 +74,7 @@ def record_flow(config: FlowConfig) -> Flow:
     return Flow(
         heads={DOCUMENT_HEAD: document_head(config), VIDEO_HEAD: video_head(config)},
         trunk=record_trunk(config),
-        no_progress_seconds=SLOW_PROGRESS_SECONDS
-        if (config.generate and not config.gpus_per_worker) or config.ask
-        else NO_PROGRESS_SECONDS,
+        no_progress_seconds=SLOW_PROGRESS_SECONDS if config.ask else NO_PROGRESS_SECONDS,
     )
 
 

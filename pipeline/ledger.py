@@ -97,6 +97,8 @@ class Ledger:
         replaces_since: str | None = None,
         copied: bool = False,
         run_uri: str | None = None,
+        inputs: Sequence[str] = (),
+        listing_digest: str | None = None,
     ) -> CommitRecord:
         """Write the part files of `tables`, then the commit record that makes them count.
 
@@ -115,6 +117,8 @@ class Ledger:
             replaces_since: when the earliest of those was committed, which stays the time of their records.
             copied: True for rows that were taken over from a shared ledger.
             run_uri: the run folder that gives the rows, where this is a shared ledger.
+            inputs: what a run listed, where a listing is among the tables.
+            listing_digest: of what was found there.
 
         Raises:
             TransientError: a write failed, or took so long that a sweep may have removed the parts.
@@ -148,6 +152,8 @@ class Ledger:
             replaces=tuple(replaces),
             copied=copied,
             run_uri=run_uri,
+            inputs=tuple(inputs),
+            listing_digest=listing_digest,
         )
         self.storage.put(f"{COMMITS}/{part_id}.json", record.model_dump_json().encode())
         return record

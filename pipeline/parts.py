@@ -1,9 +1,11 @@
 """Part files of a ledger, read once and kept for a while."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.commits import PARTS, conformed, part_path
@@ -42,3 +44,9 @@ class PartCache:
                 self._bytes -= self._kept.popitem(last=False)[1].nbytes
         self._kept.move_to_end(name)
         return self._kept[name]
+
+
+def rows_of(table: pa.Table, column: str, keys: Sequence[str]) -> pa.Table:
+    """Return the rows of `table` whose `column` is among `keys`."""
+    mask = pc.is_in(table[column], value_set=pa.array(keys, pa.string()))
+    return table if pc.all(mask).as_py() else table.filter(mask)

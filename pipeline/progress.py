@@ -13,6 +13,8 @@ class Progress:
         phase: `list`, `plan`, `start`, `run`, `publish` or `done`.
         planned: records planned, pages and segments.
         resumed: of these, committed before this call.
+        ledger_hits: of the others, taken over from a shared ledger.
+        known_answers: records of this call whose answer was given before to what they show.
         statuses: records committed by this call, by status.
         errors: error events by category.
         pages, segments: records committed by this call, by kind.
@@ -30,6 +32,8 @@ class Progress:
     phase: str = "list"
     planned: int = 0
     resumed: int = 0
+    ledger_hits: int = 0
+    known_answers: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     pages: int = 0
@@ -54,7 +58,7 @@ class Progress:
     @property
     def owed(self) -> int:
         """Records not committed yet."""
-        return max(0, self.planned - self.resumed - self.done)
+        return max(0, self.planned - self.resumed - self.ledger_hits - self.done)
 
     def per_second(self) -> float:
         """Records a second of this call's flow."""

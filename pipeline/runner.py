@@ -8,12 +8,14 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.accounting import Accounting, account
+from pipeline.addresses import stored_uri
 from pipeline.answers import AnswerIndex, FindAnswersConfig
 from pipeline.commits import utc_now
 from pipeline.committed import Again, CommittedRecords
-from pipeline.config import FlowConfig, compose, planning_settings
+from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
 from pipeline.flow import HEADS, head_of, plan_flow, record_flow
+from pipeline.known_sources import Listed
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.local import rebatch
@@ -24,13 +26,17 @@ from pipeline.reading import choose_reading
 from pipeline.request import check_request, listed
 from pipeline.runfile import check_same_settings, write_run_file
 from pipeline.second_look import FirstLooks, in_words, second_look
+from pipeline.shared import Shared
+from pipeline.shared_ledger import shared_ledger
 from pipeline.sink import TOKEN_COLUMNS
 from pipeline.source import Listing
 from pipeline.spec import RunSpec, make_spec
 from pipeline.storage import Storage
+from pipeline.strikes import Strikes
 from pipeline.summary import RunSummary, run_row, summarise
+from pipeline.take_over import KnownPlanner
 from pipeline.watch import Watch
-from schemas.errors import CATEGORY_OF_CODE, ConfigError, ServiceLostError, TransientError
+from schemas.errors import CATEGORY_OF_CODE, ConfigError, ServiceLostError, TransientError, WorkersBrokenError
 from schemas.ids import digest
 
 MOST_ATTEMPTS = 3
@@ -80,8 +86,10 @@ class _Run:
         self.progress = Progress()
         self.seconds: dict[str, float] = {}
         self.started_at = utc_now()
+        self.listed = Listed([*spec.stored()["inputs"], spec.pages or ""])
         self.again: Again | None = None
         self.second_pass: int | None = None
+        self.strikes: Shared | None = None
         self.gpus_held = 0.0
         self.counts = PlanCounts()
 
@@ -91,6 +99,7 @@ class _Run:
         self.reading = choose_reading(self.spec)
         self.storage = Storage(self.spec.output)
         self.storage.probe_writable()
+        self.shared = shared_ledger(self.spec)
         self.settings = planning_settings(self.spec, self.reading)
         self.executor: Executor = LocalExecutor() if self.spec.local else RayExecutor(self.spec)
         check_same_settings(self.storage, self.spec, self.settings)
@@ -101,6 +110,9 @@ class _Run:
             try:
                 self._list_and_plan()
                 self._run_owed()
+            except TransientError:
+                self._give()
+                raise
             finally:
                 self.executor.close()
             self._phase("publish")
@@ -125,6 +137,7 @@ class _Run:
             write_run_row(self.storage, row)
             publish(self.storage, self.run_id, repro_template=template)
             write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id, summary.as_dict())
+            self._give()
             self._phase("done")
         return summary
 
@@ -141,11 +154,16 @@ class _Run:
         self.passwords: dict[int, str] = {}
         self.addresses: dict[int, str] = {}
         fresh: list[pa.Table] = []
+        planner = self._known_planner()
         for table in listed(self.spec, listing):
-            fresh.append(cache.to_probe(table))
+            self.listed.add(table)
+            wanted = cache.to_probe(table)
+            fresh.append(planner.plan(wanted) if planner else wanted)
             self.passwords |= cache.passwords(table)
             self.addresses |= cache.addresses(table)
             self.progress.sources = listing.sources
+        if planner:
+            planner.flush()
         self.seconds["list"] = time.perf_counter() - began
         if listing.passed_over:
             self.observer.note(
@@ -156,10 +174,48 @@ class _Run:
         if count:
             self._probe(fresh, count)
 
+    def _known_planner(self) -> KnownPlanner | None:
+        """Return what plans the sources that the shared ledger knows; None without one."""
+        if self.shared is None:
+            return None
+        config = probe_config(self.spec, self.settings)
+        known = self.shared.known_sources(probe_digest(config), retry_failed=self.spec.retry_failed)
+        return KnownPlanner(known, self.storage, config, self.settings.digest, self.progress)
+
+    def _take_over(self, ledger: Ledger, committed: CommittedRecords) -> None:
+        """Copy what is owed and lies in the shared ledger."""
+        if self.shared is None:
+            return
+        began = time.perf_counter()
+        self.progress.ledger_hits = self.shared.take_over(
+            self.storage,
+            lambda: owed_units(PlanReader(self.storage), committed, self.again),
+            self.run_id,
+            repro_template=self.spec.repro_template(),
+            retry_failed=self.spec.retry_failed,
+            pass_index=self.again.pass_index if self.again else 0,
+        )
+        ledger.refresh()
+        self.seconds["take_over"] = time.perf_counter() - began
+
+    def _give(self) -> None:
+        """Give to the shared ledger what this run computed."""
+        if self.shared is None:
+            return
+        uri, digest_of_probe = stored_uri(self.spec.output), probe_digest(probe_config(self.spec, self.settings))
+        listed = None if self.spec.limit is not None or self.progress.phase != "publish" else self.listed
+        try:
+            given = self.shared.give(self.storage, uri, self.run_id, digest_of_probe, listed)
+        except TransientError as error:
+            self.observer.note(f"nothing was given to the ledger, the same command does: {error}")
+            return
+        if given.records or given.sources:
+            self.observer.note(f"given to the ledger: {given.records} records, {given.sources} sources")
+
     def _probe(self, fresh: list[pa.Table], count: int) -> None:
         self._phase("start")
         began = time.perf_counter()
-        self.executor.start()
+        self._tell(self.executor.start())
         self.seconds["start"] = time.perf_counter() - began
         self._phase("plan")
         began = time.perf_counter()
@@ -207,6 +263,9 @@ class _Run:
             self.again = Again(only_retryable=not self.spec.retry_failed, pass_index=committed.last_pass() + 1)
         owed = count_owed(PlanReader(self.storage), committed, self.again)
         self.progress.resumed = self.counts.records - owed
+        if owed:
+            self._take_over(ledger, committed)
+            owed -= self.progress.ledger_hits
         if not owed:
             return
         self._look(ledger, committed)
@@ -241,8 +300,8 @@ class _Run:
                 self._attempt(units, waits=waits)
                 # What waited for another's answer has it now, or asks itself.
                 failure, waits = None, False
-            except ServiceLostError:
-                # The step that waits for it has waited long enough.
+            except (ServiceLostError, WorkersBrokenError):
+                # Waited for long enough, and tried often enough, where the work is done.
                 raise
             except TransientError as error:
                 failure = error
@@ -271,18 +330,22 @@ class _Run:
     def _start(self) -> None:
         self._phase("start")
         began = time.perf_counter()
-        self.executor.start()
+        self._tell(self.executor.start())
         self.seconds["start"] = self.seconds.get("start", 0.0) + time.perf_counter() - began
+
+    def _tell(self, notes: list[str]) -> None:
+        for note in notes:
+            self.observer.note(note)
 
     def _attempt(self, units: dict[str, list[Any]], *, waits: bool) -> None:
         self._phase("run")
         began = time.perf_counter()
         done_before = self.progress.run_seconds
-        uris = (self.spec.output,)
+        uris = (self.spec.output, *([self.shared.uri] if self.shared else []))
         answers = self.executor.share(AnswerIndex, uris)
         config = self._config(FindAnswersConfig(uris=uris, index=answers, waits=waits))
         try:
-            for table in self.executor.run(record_flow(config), units):
+            for table in self.executor.run(record_flow(config), units, self._counted_deaths()):
                 self.lease.check()
                 self._count(table)
                 self.progress.run_seconds = done_before + time.perf_counter() - began
@@ -292,12 +355,21 @@ class _Run:
             self.seconds["run"] = self.progress.run_seconds
             self.progress.steps = self.executor.steps()
 
+    def _counted_deaths(self) -> Shared:
+        """Return what counts the deaths of workers, one for all attempts of this call."""
+        if self.strikes is None:
+            self.strikes = self.executor.share(Strikes, self.spec.output)
+            if self.spec.retry_failed:
+                self.strikes.call("pardon")
+        return self.strikes
+
     def _count(self, table: pa.Table) -> None:
         for row in table.to_pylist():
             for name in TOKEN_COLUMNS:
                 setattr(self.progress, name, getattr(self.progress, name) + (row[name] or 0))
             if row["needs_second_look"]:
                 continue
+            self.progress.known_answers += bool(row["ledger_hit"])
             self.progress.statuses[row["status"]] += 1
             self.progress.segments += row["kind"] == "video"
             self.progress.pages += row["kind"] != "video"

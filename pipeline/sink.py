@@ -48,6 +48,7 @@ SUMMARY: Final = pa.schema(
         pa.field("task", pa.string()),
         pa.field("status", pa.string()),
         pa.field("needs_second_look", pa.bool_()),
+        pa.field("ledger_hit", pa.bool_()),
         pa.field("route", pa.string()),
         pa.field("engine", pa.string()),
         pa.field("finish_reason", pa.string()),

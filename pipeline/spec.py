@@ -208,6 +208,13 @@ class RunSpec(BaseModel):
     ] = "never"
     object_store_mb: Annotated[int | None, Field(ge=100, description="Size of our own Ray's object store.")] = None
 
+    ledger: Annotated[
+        str | None,
+        Field(
+            description="A ledger that runs share, a folder or an fsspec URL: what one of them computed is taken over "
+            "from it, and what is new is given to it."
+        ),
+    ] = None
     retry_failed: Annotated[bool, Field(description="Read failed pages and segments of this run folder once more.")] = (
         False
     )
@@ -230,6 +237,7 @@ class RunSpec(BaseModel):
         return self.model_dump(mode="json", exclude={"password"}) | {
             "password_given": self.password is not None,
             "inputs": [stored_uri(given) for given in self.inputs],
+            "ledger": None if self.ledger is None else stored_uri(self.ledger),
             "endpoint": None if self.endpoint is None else stored_uri(self.endpoint),
         }
 
@@ -249,7 +257,7 @@ class RunSpec(BaseModel):
 HOW_ONLY = (
     "pages", "start_seconds", "stop_seconds",
     "address", "local", "workers", "gpus", "gpus_per_worker", "cuda_graphs", "object_store_mb", "max_error_rate",
-    "price_per_gpu_hour", "inputs", "output", "password", "limit", "retry_failed", "password_given",
+    "price_per_gpu_hour", "inputs", "output", "password", "limit", "retry_failed", "password_given", "ledger",
     "endpoint", "endpoint_concurrency", "endpoint_timeout_seconds", "endpoint_patience_seconds",
 )  # fmt: skip
 """Options that say where and how fast, not what comes out: a resumed run may change them."""

@@ -25,6 +25,8 @@ class RunSummary:
     """What a run says at its end; counts are of the whole run folder, rates of this call.
 
     Attributes:
+        ledger_hits: records whose rows this call took over from a shared ledger.
+        known_answers: other records whose answer was given before to what they show.
         complete: every planned record has exactly one row, and the tables agree with each other.
         statuses: committed pages and segments of the run, by status.
         errors: error rows of the run, by category.
@@ -45,6 +47,8 @@ class RunSummary:
     failed_sources: int = 0
     planned: int = 0
     resumed: int = 0
+    ledger_hits: int = 0
+    known_answers: int = 0
     computed: int = 0
     pages: int = 0
     segments: int = 0
@@ -119,6 +123,8 @@ def summarise(
         failed_sources=counts.failed_sources,
         planned=counts.records,
         resumed=progress.resumed,
+        ledger_hits=progress.ledger_hits,
+        known_answers=progress.known_answers,
         computed=progress.done,
         pages=progress.pages,
         segments=progress.segments,
@@ -189,5 +195,5 @@ def run_row(
         "pages_per_second_warm": summary.pages / warm if warm else None,
         "price_per_gpu_hour": spec.price_per_gpu_hour,
         "cost_per_million_pages": summary.cost_per_million_pages,
-        "ledger_hits": 0,
+        "ledger_hits": summary.ledger_hits,
     }

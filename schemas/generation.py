@@ -61,6 +61,11 @@ GENERATION: Final = pa.schema(
 record count on. `tokens_wasted` were written by attempts before it in the same call, `tokens_saved` would have been
 written by the loops of all of them."""
 
+ANSWERED_BY: Final = pa.struct(
+    [GENERATION.field(name) for name in ("finish_reason", "generate_ms", "engine", "weights_kind", "model_id")]
+)
+"""What a later rung of the ladder writes over, as it was when the model had answered."""
+
 RESULT: Final = pa.schema(
     [
         pa.field("status", pa.string()),
@@ -86,6 +91,7 @@ DECODED: Final = pa.schema([*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PAG
 RECORD: Final = pa.schema(
     [
         *(*IDENTITY, *PAGE_FACTS, *SEGMENT_FACTS, *ROUTE, *PIXELS, *REQUEST, *GENERATION, *RESULT, *FAILURES),
+        pa.field("answered_by", ANSWERED_BY),
         pa.field("ledger_hit", pa.bool_()),
     ]
 )

@@ -12,11 +12,11 @@ ROUNDED = "confidence"
 """A mean of log-probabilities: padding of another batch moves its last digits, never the tokens."""
 
 
-def assert_equal_runs(found: Path, wanted: Path, note: str = "") -> None:
+def assert_equal_runs(found: Path, wanted: Path, note: str = "", unlike: tuple[str, ...] = ()) -> None:
     for name in TABLES:
         mine, theirs = (pq.read_table(run / name) for run in (found, wanted))
         assert mine.schema == theirs.schema
-        names = [column for column in mine.column_names if column not in (*UNLIKE, ROUNDED)]
+        names = [column for column in mine.column_names if column not in (*UNLIKE, *unlike, ROUNDED)]
         if not mine.select(names).equals(theirs.select(names)):
             raise AssertionError(f"{name} differs{note}: {differences(mine.select(names), theirs.select(names))}")
         if ROUNDED in mine.column_names:
