@@ -1,4 +1,4 @@
-"""The command line: `pagereel ocr | parse | caption | run | plan | status | doctor`."""
+"""The command line: `pagereel ocr | parse | caption | run | plan | status | ledger | doctor`."""
 
 import logging
 import os
@@ -10,6 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from jobs.display import JsonDisplay, LiveDisplay, PlainDisplay
+from jobs.ledger import app as ledger_app
 from jobs.options import command
 from jobs.spec import load_spec
 from jobs.terminal import own_terminal
@@ -114,6 +115,9 @@ def show_run(
     from jobs.show import show
 
     show(run, chars=chars, limit=limit)
+
+
+app.add_typer(ledger_app, name="ledger")
 
 
 @app.command("doctor")

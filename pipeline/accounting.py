@@ -1,6 +1,5 @@
 """Accounting: proof by counting that every planned page and segment has exactly one row."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from pipeline.ledger import Ledger
 from pipeline.plan import PlanReader, record_counts, unit_keys
 from pipeline.publish import Manifest, fingerprint_of, published_tables, read_manifest
 from pipeline.storage import Storage
+from pipeline.verify import file_problems, part_problems
 from schemas.vocabulary import QUIET_STATUSES, STATUSES
 
 EXAMPLES: Final = 3
@@ -213,16 +213,10 @@ def _check_documents(storage: Storage, manifest: Manifest, result: Accounting) -
 
 
 def _hash_problems(storage: Storage, ledger: Ledger, manifest: Manifest | None) -> Iterator[str]:
-    files = [(file.path, file.sha256) for commit in ledger.commits() for file in commit.parts]
-    files += [(file.path, file.sha256) for table in (manifest.tables if manifest else {}).values() for file in table]
-    for path, expected in files:
-        try:
-            found = hashlib.sha256(storage.get(path)).hexdigest()
-        except FileNotFoundError:
-            yield f"{path} is missing"
-            continue
-        if found != expected:
-            yield f"{path} was changed: sha256 {found[:12]}, committed {expected[:12]}"
+    yield from part_problems(ledger)
+    for files in (manifest.tables if manifest else {}).values():
+        for file in files:
+            yield from file_problems(storage, file.path, file.sha256)
 
 
 def _compare(left_name: str, left: Any, right_name: str, right: Any, result: Accounting) -> None:

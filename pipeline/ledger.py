@@ -173,6 +173,8 @@ class Ledger:
         # The newest first: what replaces others is known before they come.
         for commit in self._read(sorted(names, reverse=True)):
             if commit.part_id in self._replaced:
+                # What it has replaced itself is replaced for good.
+                self._replaced.update(dict.fromkeys(commit.replaces, self._replaced[commit.part_id]))
                 continue
             if not first or all(file.path in parts for file in commit.parts):
                 self._take(commit)
@@ -239,6 +241,7 @@ class Ledger:
             self.storage.delete(f"{COMMITS}/{part_id}.json")
         self.broken.clear()
         kept = {old for old, new in self._replaced.items() if part_time(new) > replaced_before}
+        # The oldest first: as long as one is there, so is what says that it counts for nothing.
         for part_id in sorted(self._replaced.keys() - kept):
             if f"{COMMITS}/{part_id}.json" in self._known:
                 self.storage.delete(f"{COMMITS}/{part_id}.json")

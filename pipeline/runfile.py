@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.config import Settings
+from pipeline.config import Settings, probe_config, probe_digest
 from pipeline.reading import Reading
 from pipeline.spec import HOW_ONLY, RunSpec
 from pipeline.storage import Storage
@@ -70,6 +70,7 @@ def write_run_file(
         "spec": spec.stored(),
         "settings": json.loads(settings.text),
         "settings_digest": settings.digest,
+        "probe_digest": probe_digest(probe_config(spec, settings)),
         "engine": reading.engine,
         "model_id": reading.model_id,
         "model_revision": reading.model_revision,

@@ -12,6 +12,7 @@ from pipeline.addresses import stored_uri
 from pipeline.answers import AnswerIndex, FindAnswersConfig
 from pipeline.commits import utc_now
 from pipeline.committed import Again, CommittedRecords
+from pipeline.compact import compact_if_needed
 from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
 from pipeline.flow import HEADS, head_of, plan_flow, record_flow
@@ -118,6 +119,7 @@ class _Run:
             self._phase("publish")
             began = time.perf_counter()
             template = self.spec.repro_template()
+            compact_if_needed(Ledger(self.storage), self.run_id)
             publish(self.storage, self.run_id, repro_template=template)
             accounting = account(self.storage)
             self.seconds["publish"] = time.perf_counter() - began

@@ -5,14 +5,16 @@ there, and at its end it gives what it computed itself; in between nothing is wr
 and a lease is held only while one gives. What is given comes in large parts: commits of a night, not of a sink call.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
 
 from pipeline.commits import Clock, utc_now
+from pipeline.compact import MOST_SMALL_GIFTS, compact_if_needed
 from pipeline.give import Giver
 from pipeline.known_sources import KnownSources, Listed
 from pipeline.lease import Lease
@@ -92,14 +94,16 @@ class SharedLedger:
         copier.flush()
         return copier.count
 
-    def give(self, run: Storage, run_uri: str, run_id: str, probe_digest: str, listed: Listed | None = None) -> Given:
+    def give(
+        self, run: Storage, run_uri: str, run_id: str, probe_digest: str | None, listed: Listed | None = None
+    ) -> Given:
         """Give what a run computed and the ledger lacks; a kill at any moment leaves it for the next call.
 
         Args:
             run: the run folder.
             run_uri: its address, as it is stored.
             run_id: the invocation.
-            probe_digest: as `KnownSources` takes it.
+            probe_digest: as `KnownSources` takes it; None gives no sources.
             listed: what the run listed, where that was everything that its inputs name.
 
         Raises:
@@ -112,12 +116,30 @@ class SharedLedger:
             giver = Giver(self.ledger, own, run_id, run_uri)
             given.records = giver.records(lease)
             given.answers = giver.answers(lease)
-            given.sources = giver.sources(lease, probe_digest)
+            if probe_digest is not None:
+                given.sources = giver.sources(lease, probe_digest)
             if listed is not None:
                 giver.listing(lease, listed)
+            self.ledger.refresh()
+            compact_if_needed(self.ledger, run_id, MOST_SMALL_GIFTS)
+            self.ledger = Ledger(self.storage, self._clock)
             self.ledger.sweep(replaced_grace_seconds=GARBAGE_AGE_SECONDS)
         self.ledger = Ledger(self.storage, self._clock)
         return given
+
+
+@contextlib.contextmanager
+def held(storage: Storage, *, removes_at_once: bool = False) -> Iterator[Ledger]:
+    """Yield a ledger whose lease is held; what counts for nothing afterwards is removed.
+
+    Args:
+        storage: where it lives.
+        removes_at_once: True leaves nothing behind for runs that read it now: they compute once more what they miss.
+    """
+    with _waited_for(Lease(storage, utc_now), storage.uri):
+        yield Ledger(storage)
+        grace_seconds = 0.0 if removes_at_once else GARBAGE_AGE_SECONDS
+        Ledger(storage).sweep(replaced_grace_seconds=grace_seconds)
 
 
 def shared_ledger(spec: RunSpec) -> SharedLedger | None:
