@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -21,6 +22,9 @@ LEASES = "ledger/leases"
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 90.0
 """Six missed beats: a driver that cannot write for so long cannot commit either."""
+
+WATCHED_BEATS = 2.5
+"""A beat that looks old may be that of a clock that runs behind ours: only one that stays away this long is missing."""
 
 
 class Holder(BaseModel):
@@ -46,13 +50,13 @@ class Lease:
 
     Each holder creates the next generation's file, which only one of several can do; the highest generation holds the
     run. A holder writes a beat into its own file. A lease is free when it was released, when its process is gone from
-    this machine, or when no beat came for `stale_seconds`.
+    this machine, or when its last beat is `stale_seconds` away from our clock and no other comes while we watch.
 
     Args:
         storage: where the run lives.
         clock: the present time, in UTC.
         stale_seconds: silence after which another driver may take over.
-        beat_seconds: time between beats; 0 leaves them to the caller of `beat`.
+        beat_seconds: time between beats; 0 leaves them to the caller of `beat`, and watches for none.
     """
 
     def __init__(
@@ -92,8 +96,8 @@ class Lease:
         """
         names = self._storage.list(LEASES)
         if names:
-            holder = Holder.model_validate_json(self._storage.get(names[-1]))
-            if not self._is_free(holder):
+            holder = self._holder(names[-1])
+            if not self._is_free(holder) and not self._stays_silent(names[-1], holder):
                 raise ConfigError(
                     f"{self._storage.uri} is being worked on by process {holder.pid} on {holder.host} "
                     f"(last sign of life {holder.beat_at}); wait for it, or end it"
@@ -112,8 +116,17 @@ class Lease:
             return
         self._storage.put(self._name(), self._signed(released=False))
 
+    def confirm(self) -> None:
+        """Look whether the run is still ours, right before a write that would undo another driver's.
+
+        Raises:
+            ConfigError: another driver took over after a long silence of this one.
+        """
+        self.beat()
+        self.check()
+
     def check(self) -> None:
-        """Raise when the run is no longer ours.
+        """Raise when the run is no longer ours, as far as the last beat told.
 
         Raises:
             ConfigError: another driver took over after a long silence of this one.
@@ -142,10 +155,21 @@ class Lease:
     def _is_free(self, holder: Holder) -> bool:
         if holder.released:
             return True
-        if holder.host == _host() and _process_start(holder.pid) != holder.process_start:
-            return True
-        silence = (self._clock() - datetime.fromisoformat(holder.beat_at)).total_seconds()
-        return silence > self._stale_seconds
+        return holder.host == _host() and _process_start(holder.pid) != holder.process_start
+
+    def _stays_silent(self, name: str, holder: Holder) -> bool:
+        """Return whether a holder's last beat is far from our clock, and no other comes for a while."""
+        away = abs((self._clock() - datetime.fromisoformat(holder.beat_at)).total_seconds())
+        if away <= self._stale_seconds:
+            return False
+        time.sleep(WATCHED_BEATS * self._beat_seconds)
+        try:
+            return self._storage.list(LEASES)[-1] == name and self._holder(name) == holder
+        except (FileNotFoundError, IndexError):
+            return False
+
+    def _holder(self, name: str) -> Holder:
+        return Holder.model_validate_json(self._storage.get(name))
 
     def _name(self) -> str:
         return f"{LEASES}/{self._generation:08d}.json"

@@ -6,8 +6,9 @@ the old set valid or the new one; the next publication clears what is in neither
 
 import json
 import logging
+import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -119,6 +120,7 @@ def publish(
     repro_template: str = REPRO_TEMPLATE,
     assemble_text: bool = False,
     clock: Clock = utc_now,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Write the published tables from what is committed now, and return their manifest.
 
@@ -131,22 +133,25 @@ def publish(
         repro_template: see `WriteRecordsConfig`.
         assemble_text: True fills `documents.text` and `page_spans`.
         clock: the present time, in UTC.
+        confirm: called right before files that others may count on are replaced; raises when the run is another's.
     """
     ledger = Ledger(storage, clock)
     ledger.refresh()
     plan = PlanReader(storage)
     manifest = read_manifest(storage)
     fingerprint = fingerprint_of(plan, ledger, assemble_text)
-    _remove_unpublished(storage, manifest)
+    confirm()
+    is_whole = _remove_unpublished(storage, manifest)
     generation = manifest.generation + 1 if manifest else 1
-    if manifest is not None and manifest.fingerprint == fingerprint:
+    token = uuid.uuid4().hex[:8]
+    if manifest is not None and manifest.fingerprint == fingerprint and is_whole:
         if _runs_are_published(storage, manifest):
             return manifest
-        runs = TableWriter(storage, "runs", generation)
+        runs = TableWriter(storage, "runs", generation, token)
         runs.append(read_run_rows(storage))
         tables, owed = manifest.tables | {"runs": runs.close()}, manifest.owed_records
     else:
-        publication = _Publication(storage, generation, run_id, repro_template, assemble_text)
+        publication = _Publication(storage, (generation, token), run_id, repro_template, assemble_text)
         owed = publication.write(plan, ledger.committed_records())
         tables = publication.close()
     manifest = Manifest(
@@ -157,6 +162,7 @@ def publish(
         tables=tables,
         owed_records=owed,
     )
+    confirm()
     storage.put(MANIFEST, manifest.model_dump_json(indent=1).encode())
     _remove_unpublished(storage, manifest)
     ledger.sweep()
@@ -176,11 +182,11 @@ class _Publication:
     """One generation of the published tables, while it is being written."""
 
     def __init__(
-        self, storage: Storage, generation: int, run_id: str, repro_template: str, assemble_text: bool
+        self, storage: Storage, generation: tuple[int, str], run_id: str, repro_template: str, assemble_text: bool
     ) -> None:
         self._storage = storage
         self._repro_template = repro_template
-        self._writers = {name: TableWriter(storage, name, generation) for name in TABLES}
+        self._writers = {name: TableWriter(storage, name, *generation) for name in TABLES}
         self._parts = PartCache(storage)
         self._seen = KeySet()
         self._tally = DocumentTally(run_id, assemble_text)
@@ -291,10 +297,13 @@ def _runs_are_published(storage: Storage, manifest: Manifest) -> bool:
     return bool(published.equals(read_run_rows(storage)))
 
 
-def _remove_unpublished(storage: Storage, manifest: Manifest | None) -> None:
-    """Remove files of the table folders that the manifest does not name."""
-    valid = manifest.paths() if manifest else set()
+def _remove_unpublished(storage: Storage, manifest: Manifest | None) -> bool:
+    """Remove files of the table folders that the manifest does not name; return whether all that it names are there."""
+    missing = manifest.paths() if manifest else set()
+    valid = set(missing)
     for table_name in TABLES:
         for name in storage.list(table_name):
+            missing.discard(name)
             if name not in valid:
                 storage.delete(name)
+    return not missing

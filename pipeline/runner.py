@@ -120,7 +120,7 @@ class _Run:
             began = time.perf_counter()
             template = self.spec.repro_template()
             compact_if_needed(Ledger(self.storage), self.run_id)
-            publish(self.storage, self.run_id, repro_template=template)
+            publish(self.storage, self.run_id, repro_template=template, confirm=lease.confirm)
             accounting = account(self.storage)
             self.seconds["publish"] = time.perf_counter() - began
             self.seconds["total"] = time.perf_counter() - started
@@ -137,7 +137,7 @@ class _Run:
             )
             row = run_row(self.spec, self.reading, self.settings, summary, self.started_at, utc_now())
             write_run_row(self.storage, row)
-            publish(self.storage, self.run_id, repro_template=template)
+            publish(self.storage, self.run_id, repro_template=template, confirm=lease.confirm)
             write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id, summary.as_dict())
             self._give()
             self._phase("done")

@@ -32,12 +32,19 @@ class TableWriter:
 
     Holds at most one file, compressed, and one row group. A table without rows gets one empty file, so that a reader
     finds its columns.
+
+    Args:
+        storage: where the run lives.
+        table_name: a key of `TABLES`.
+        generation: of the publication.
+        token: in the names of its files, so that two drivers at once never write one file.
     """
 
-    def __init__(self, storage: Storage, table_name: str, generation: int) -> None:
+    def __init__(self, storage: Storage, table_name: str, generation: int, token: str) -> None:
         self._storage = storage
         self._name = table_name
         self._generation = generation
+        self._token = token
         self._schema = TABLES[table_name]
         self._files: list[PublishedFile] = []
         self._held: list[pa.Table] = []
@@ -99,7 +106,7 @@ class TableWriter:
         self._open_writer().close()
         assert self._sink is not None
         data = bytes(self._sink.getvalue())
-        path = f"{self._name}/{self._name}-g{self._generation:04d}-{len(self._files):05d}.parquet"
+        path = f"{self._name}/{self._name}-g{self._generation:04d}-{len(self._files):05d}-{self._token}.parquet"
         self._storage.put(path, data)
         digest = hashlib.sha256(data).hexdigest()
         self._files.append(PublishedFile(path=path, rows=self._file_rows, bytes=len(data), sha256=digest))

@@ -264,3 +264,24 @@ def test_beats_go_on_after_any_error(storage: Storage, caplog: pytest.LogCapture
         assert clock.broke
         assert storage.get(name) != first
     assert "no beat this time: RuntimeError" in caplog.text
+
+
+def test_a_beat_of_a_clock_that_runs_hours_behind_is_a_sign_of_life(storage: Storage) -> None:
+    behind = SteppingClock()
+    behind.now -= timedelta(hours=5)
+    with Lease(storage, behind, beat_seconds=0.02):
+        late = Lease(storage, SteppingClock(), beat_seconds=0.2)
+        with pytest.raises(ConfigError, match="is being worked on"):
+            late.acquire()
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_holder_whose_clock_was_far_off_does_not_keep_a_run_for_hours(storage: Storage, hours: int) -> None:
+    off = SteppingClock()
+    off.now += timedelta(hours=hours)
+    silent = Lease(storage, off, beat_seconds=0)
+    silent.acquire()
+    other = Lease(storage, SteppingClock(), beat_seconds=0)
+    other.acquire()
+    with pytest.raises(ConfigError, match="taken over"):
+        silent.confirm()

@@ -15,6 +15,7 @@ from pipeline.publish import MANIFEST, publish, read_manifest, read_run_rows, wr
 from pipeline.sink import WriteRecords, WriteRecordsConfig
 from pipeline.storage import Storage
 from pipeline.table_writer import TableWriter
+from schemas.errors import ConfigError
 from schemas.tables import DOCUMENTS, PAGES, TABLES
 from tests.pipeline.made_rows import (
     document_unit,
@@ -218,7 +219,7 @@ def test_files_of_a_publication_that_was_killed_are_cleared(storage: Storage) ->
     plan(storage, [document_unit(0, [1])])
     write(storage, records_of(document_unit(0, [1])))
     publish(storage, "r")
-    storage.put("pages/pages-g0002-00000.parquet", b"half a publication")
+    storage.put("pages/pages-g0002-00000-half.parquet", b"half a publication")
     manifest = publish(storage, "r")
     assert storage.list("pages") == [file.path for file in manifest.tables["pages"]]
 
@@ -246,7 +247,7 @@ def test_text_is_assembled_with_its_page_spans(storage: Storage) -> None:
 def test_large_tables_are_cut_into_files_and_row_groups(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.table_writer.ROW_GROUP_ROWS", 100)
     monkeypatch.setattr("pipeline.table_writer.FILE_ROWS", 250)
-    writer = TableWriter(storage, "pages", 3)
+    writer = TableWriter(storage, "pages", 3, "t")
     rows = [{"record_key": f"{place:04d}", "status": "success", "page_number": place} for place in range(930)]
     for start in range(0, 930, 70):
         writer.append(pa.Table.from_pylist(rows[start : start + 70], schema=PAGES))
@@ -262,7 +263,7 @@ def test_large_tables_are_cut_into_files_and_row_groups(storage: Storage, monkey
 
 def test_one_very_wide_row_is_a_row_group_of_its_own(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.table_writer.ROW_GROUP_BYTES", 1000)
-    writer = TableWriter(storage, "documents", 1)
+    writer = TableWriter(storage, "documents", 1, "t")
     writer.append(pa.Table.from_pylist([{"text": "x" * 5000, "status": "success"}] * 3, schema=DOCUMENTS))
     [file] = writer.close()
     assert pq.ParquetFile(storage.path(file.path)).metadata.num_row_groups == 3
@@ -272,3 +273,29 @@ def test_the_manifest_is_absent_before_the_first_publication(storage: Storage) -
     assert read_manifest(storage) is None
     publish(storage, "r")
     assert storage.exists(MANIFEST)
+
+
+def test_published_files_that_are_gone_are_published_again(storage: Storage) -> None:
+    unit = document_unit(0, [1, 2])
+    plan(storage, [unit])
+    write(storage, records_of(unit))
+    first = publish(storage, "r")
+    storage.delete(first.tables["pages"][0].path)
+    second = publish(storage, "r")
+    assert second.generation == first.generation + 1
+    assert all(storage.exists(path) for path in second.paths())
+    assert publish(storage, "r") == second
+
+
+def test_a_driver_that_lost_the_run_publishes_nothing(storage: Storage) -> None:
+    unit = document_unit(0, [1, 2])
+    plan(storage, [unit])
+    write(storage, records_of(unit))
+
+    def lost() -> None:
+        raise ConfigError("taken over")
+
+    with pytest.raises(ConfigError):
+        publish(storage, "r", confirm=lost)
+    assert read_manifest(storage) is None
+    assert not [name for table in TABLES for name in storage.list(table)]
