@@ -59,9 +59,11 @@ def head_of(kind: str) -> str:
     return VIDEO_HEAD if kind == "video" else DOCUMENT_HEAD
 
 
-def plan_flow(config: FlowConfig, run_uri: str | None) -> Flow:
+def plan_flow(config: FlowConfig, run_uri: str | None, part_number: int | None = None) -> Flow:
     """Sources to units: each file is hashed, recognised by content, and cut into page and time ranges."""
-    plan = PlanSourcesConfig(probe=config.probe, run_uri=run_uri, settings_digest=config.settings_digest)
+    plan = PlanSourcesConfig(
+        probe=config.probe, run_uri=run_uri, settings_digest=config.settings_digest, part_number=part_number
+    )
     return Flow(
         heads={"sources": [Step(PlanSources, plan, workers=(1, config.decode_workers))]},
         incoming=SOURCE,

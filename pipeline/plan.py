@@ -71,6 +71,7 @@ def write_plan_part(
     settings_digest: str,
     run_id: str | None = None,
     clock: Clock = utc_now,
+    number: int | None = None,
 ) -> str:
     """Write all units of a batch of sources, in one step; return the name of the part.
 
@@ -81,6 +82,7 @@ def write_plan_part(
         settings_digest: digest of everything that shaped the units and their record keys.
         run_id: the invocation that probed them.
         clock: the present time, in UTC.
+        number: of the call that plans, above those before; None looks for the next one, at the price of a listing.
 
     Raises:
         ContractError: a column is missing, or a source has no unit.
@@ -106,8 +108,8 @@ def write_plan_part(
         table = table.append_column(name, column)
     order = np.lexsort((_first_places(units), np.asarray(owners, dtype=np.int64)))
     table = table.select(PLANNED_UNIT.names).cast(PLANNED_UNIT).take(pa.array(order))
-    names = _part_names(storage)
-    number = _part_number(names[-1]) + 1 if names else 0
+    if number is None:
+        number = next_part_number(_part_names(storage))
     data = parquet_bytes(table)
     name = f"{PLAN}/part-{number:06d}-{digest(data)[:12]}.parquet"
     storage.put(name, data)
@@ -276,6 +278,9 @@ class ListingCache:
     without a version tag is never planned: whether it changed shows when it is read. An encrypted source for which
     there is a password is tried again. Holds about 40 bytes a source.
 
+    Attributes:
+        part_number: for `write_plan_part`, of all that is planned from here on.
+
     Args:
         storage: where the run lives.
         settings_digest: as `write_plan_part` takes it.
@@ -288,6 +293,7 @@ class ListingCache:
         self._encrypted: set[int] = set()
         self._known = SourceIndex()
         reader = PlanReader(storage)
+        self.part_number = next_part_number(reader.names)
         self._planned_below = reader.next_source_index
         self._is_planned = reader.is_planned
         self._next_index = reader.next_source_index
@@ -428,6 +434,11 @@ def _part_names(storage: Storage) -> list[str]:
 
 def _part_order(name: str) -> tuple[int, str]:
     return _part_number(name), name
+
+
+def next_part_number(names: list[str]) -> int:
+    """Return the number of plan parts that is above those of `names`, which are in order."""
+    return _part_number(names[-1]) + 1 if names else 0
 
 
 def _part_number(name: str) -> int:

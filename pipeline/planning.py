@@ -29,6 +29,7 @@ class PlanSourcesConfig(OperatorConfig):
     probe: ProbeConfig
     run_uri: Annotated[str | None, Field(description="Run whose plan grows; None writes nothing.")] = None
     settings_digest: Annotated[str, Field(description="Of everything that shapes units and record keys.")]
+    part_number: Annotated[int | None, Field(description="As `write_plan_part` takes it.")] = None
 
 
 class PlanSources(Operator[PlanSourcesConfig]):
@@ -51,7 +52,8 @@ class PlanSources(Operator[PlanSourcesConfig]):
         """Return PLANNED rows for SOURCE rows."""
         units = self._probe(table)
         if self._storage:
-            write_plan_part(self._storage, units, table, self.config.settings_digest)
+            number = self.config.part_number
+            write_plan_part(self._storage, units, table, self.config.settings_digest, number=number)
         counts: dict[int, dict[str, Any]] = {
             index: {"source_index": index, "unit_count": 0, "record_count": 0}
             for index in table["source_index"].to_pylist()

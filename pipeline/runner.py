@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +46,7 @@ MOST_ATTEMPTS = 3
 
 PLAN_TASKS_PER_WORKER = 4
 SOURCES_PER_PLAN_PART = 256
+MOST_PLAN_PARTS = 2_000
 MOST_BLOCKS = 20_000
 """Tasks of the first step: each costs the driver about 10 ms (measured), so units are grouped beyond this."""
 
@@ -63,6 +65,30 @@ def run(spec: RunSpec | None = None, observer: Observer | None = None, **options
     """
     wanted = spec or make_spec(options)
     return _Run(wanted, observer or Silent()).go()
+
+
+@dataclass
+class Planned:
+    """What a run owes, planned and not begun.
+
+    Attributes:
+        owed: distinct records without a row.
+        seconds: of each phase.
+    """
+
+    counts: PlanCounts
+    owed: int
+    seconds: dict[str, float]
+
+
+def plan_run(spec: RunSpec, observer: Observer | None = None) -> Planned:
+    """Plan a run in its folder and leave it at that; `run` of the same spec goes on from there.
+
+    Raises:
+        ConfigError: the spec cannot run as written; nothing was started.
+        TransientError: planning stopped early; the same call resumes it.
+    """
+    return _Run(spec, observer or Silent()).plan_only()
 
 
 def status_of(run_uri: str, *, verify: bool = False) -> Accounting:
@@ -96,15 +122,7 @@ class _Run:
 
     def go(self) -> RunSummary:
         started = time.perf_counter()
-        check_request(self.spec)
-        self.reading = choose_reading(self.spec)
-        self.storage = Storage(self.spec.output)
-        self.storage.probe_writable()
-        self.shared = shared_ledger(self.spec)
-        self.settings = planning_settings(self.spec, self.reading)
-        self.executor: Executor = LocalExecutor() if self.spec.local else RayExecutor(self.spec)
-        check_same_settings(self.storage, self.spec, self.settings)
-        self.observer.note(self.reading.sentence(self.spec.task))
+        self._set_up()
         with Lease(self.storage, utc_now) as lease, Watch(self.progress, self.executor, self.observer):
             self.lease = lease
             write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id)
@@ -116,31 +134,65 @@ class _Run:
                 raise
             finally:
                 self.executor.close()
-            self._phase("publish")
-            began = time.perf_counter()
-            template = self.spec.repro_template()
-            compact_if_needed(Ledger(self.storage), self.run_id)
-            publish(self.storage, self.run_id, repro_template=template, confirm=lease.confirm)
-            accounting = account(self.storage)
-            self.seconds["publish"] = time.perf_counter() - began
-            self.seconds["total"] = time.perf_counter() - started
-            summary = summarise(
-                self.spec,
-                self.reading,
-                run_id=self.run_id,
-                storage=self.storage,
-                accounting=accounting,
-                counts=self.counts,
-                progress=self.progress,
-                seconds=self.seconds,
-                gpus_held=self.gpus_held,
-            )
-            row = run_row(self.spec, self.reading, self.settings, summary, self.started_at, utc_now())
-            write_run_row(self.storage, row)
-            publish(self.storage, self.run_id, repro_template=template, confirm=lease.confirm)
-            write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id, summary.as_dict())
-            self._give()
-            self._phase("done")
+            summary = self._finish(started)
+        return summary
+
+    def plan_only(self) -> "Planned":
+        """List and plan as a run does, count what it would owe, and leave it at that: the same command goes on."""
+        started = time.perf_counter()
+        self._set_up()
+        with Lease(self.storage, utc_now) as lease:
+            self.lease = lease
+            write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id)
+            try:
+                self._list_and_plan()
+            finally:
+                self.executor.close()
+            committed = Ledger(self.storage).committed_records()
+            owed = sum(len(unit_keys(table)) for table in owed_units(PlanReader(self.storage), committed))
+            counts = count_plan(PlanReader(self.storage))
+        self.seconds["total"] = time.perf_counter() - started
+        return Planned(counts, owed, self.seconds)
+
+    def _set_up(self) -> None:
+        """Refuse what cannot run, before anything is written or started."""
+        check_request(self.spec)
+        self.reading = choose_reading(self.spec)
+        self.storage = Storage(self.spec.output)
+        self.storage.probe_writable()
+        self.shared = shared_ledger(self.spec)
+        self.settings = planning_settings(self.spec, self.reading)
+        self.executor: Executor = LocalExecutor(self.spec.output) if self.spec.local else RayExecutor(self.spec)
+        check_same_settings(self.storage, self.spec, self.settings)
+        self.observer.note(self.reading.sentence(self.spec.task))
+
+    def _finish(self, started: float) -> RunSummary:
+        """Publish what is committed, prove it by counting, and give it to the shared ledger."""
+        self._phase("publish")
+        began = time.perf_counter()
+        template = self.spec.repro_template()
+        compact_if_needed(Ledger(self.storage), self.run_id)
+        publish(self.storage, self.run_id, repro_template=template, confirm=self.lease.confirm)
+        accounting = account(self.storage)
+        self.seconds["publish"] = time.perf_counter() - began
+        self.seconds["total"] = time.perf_counter() - started
+        summary = summarise(
+            self.spec,
+            self.reading,
+            run_id=self.run_id,
+            storage=self.storage,
+            accounting=accounting,
+            counts=self.counts,
+            progress=self.progress,
+            seconds=self.seconds,
+            gpus_held=self.gpus_held,
+        )
+        row = run_row(self.spec, self.reading, self.settings, summary, self.started_at, utc_now())
+        write_run_row(self.storage, row)
+        publish(self.storage, self.run_id, repro_template=template, confirm=self.lease.confirm)
+        write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id, summary.as_dict())
+        self._give()
+        self._phase("done")
         return summary
 
     def _phase(self, name: str) -> None:
@@ -156,7 +208,7 @@ class _Run:
         self.passwords: dict[int, str] = {}
         self.addresses: dict[int, str] = {}
         fresh: list[pa.Table] = []
-        planner = self._known_planner()
+        planner = self._known_planner(cache.part_number)
         for table in listed(self.spec, listing):
             self.listed.add(table)
             wanted = cache.to_probe(table)
@@ -174,15 +226,15 @@ class _Run:
         count = sum(table.num_rows for table in fresh)
         self.progress.sources = listing.sources
         if count:
-            self._probe(fresh, count)
+            self._probe(fresh, count, cache.part_number)
 
-    def _known_planner(self) -> KnownPlanner | None:
+    def _known_planner(self, part_number: int) -> KnownPlanner | None:
         """Return what plans the sources that the shared ledger knows; None without one."""
         if self.shared is None:
             return None
         config = probe_config(self.spec, self.settings)
         known = self.shared.known_sources(probe_digest(config), retry_failed=self.spec.retry_failed)
-        return KnownPlanner(known, self.storage, config, self.settings.digest, self.progress)
+        return KnownPlanner(known, self.storage, config, self.settings.digest, part_number, self.progress)
 
     def _take_over(self, ledger: Ledger, committed: CommittedRecords) -> None:
         """Copy what is owed and lies in the shared ledger."""
@@ -214,7 +266,7 @@ class _Run:
         if given.records or given.sources:
             self.observer.note(f"given to the ledger: {given.records} records, {given.sources} sources")
 
-    def _probe(self, fresh: list[pa.Table], count: int) -> None:
+    def _probe(self, fresh: list[pa.Table], count: int, part_number: int) -> None:
         self._phase("start")
         began = time.perf_counter()
         self._tell(self.executor.start())
@@ -223,9 +275,11 @@ class _Run:
         began = time.perf_counter()
         config = self._config()
         wanted = max(1, count // (PLAN_TASKS_PER_WORKER * self.executor.worker_count))
-        rows = min(SOURCES_PER_PLAN_PART, wanted)
+        rows = min(max(SOURCES_PER_PLAN_PART, count // MOST_PLAN_PARTS), wanted)
         held = [self.executor.hold(table) for table in rebatch(iter(fresh), rows) if table.num_rows]
-        for planned in self.executor.run(plan_flow(config, run_uri=self.spec.output), {"sources": held}):
+        for planned in self.executor.run(
+            plan_flow(config, run_uri=self.spec.output, part_number=part_number), {"sources": held}
+        ):
             self.progress.planned += sum(planned["record_count"].to_pylist())
             self.progress.failed_sources += planned.num_rows - planned["error_code"].null_count
         self.seconds["plan"] = time.perf_counter() - began

@@ -31,17 +31,24 @@ class KnownPlanner:
         known: what the ledger knows.
         run: the run folder, whose plan grows.
         config: what is owed of each source.
-        settings_digest: as `write_plan_part` takes it.
+        settings_digest, part_number: as `write_plan_part` takes them.
         progress: is told what was planned.
     """
 
     def __init__(
-        self, known: KnownSources, run: Storage, config: ProbeConfig, settings_digest: str, progress: Progress
+        self,
+        known: KnownSources,
+        run: Storage,
+        config: ProbeConfig,
+        settings_digest: str,
+        part_number: int,
+        progress: Progress,
     ) -> None:
         self._known = known
         self._run = run
         self._config = config
         self._settings_digest = settings_digest
+        self._part_number = part_number
         self._progress = progress
         self._sources: list[pa.Table] = []
         self._units: list[pa.Table] = []
@@ -64,7 +71,7 @@ class KnownPlanner:
         """Write what was planned."""
         if self._sources:
             sources, units = pa.concat_tables(self._sources), pa.concat_tables(self._units)
-            write_plan_part(self._run, units, sources, self._settings_digest)
+            write_plan_part(self._run, units, sources, self._settings_digest, number=self._part_number)
         self._sources, self._units = [], []
 
 
