@@ -104,7 +104,9 @@ def account(storage: Storage, check_parts: bool = False) -> Accounting:
         )
     manifest = read_manifest(storage)
     if manifest is not None:
-        result.is_published = manifest.fingerprint in {fingerprint_of(plan, ledger, flag) for flag in (False, True)}
+        result.is_published = manifest.fingerprint in {
+            fingerprint_of(plan, ledger, flag, manifest.schema_version) for flag in (False, True)
+        }
         _check_published(storage, manifest, planned, result)
     if check_parts:
         result.problems += _hash_problems(storage, ledger, manifest)

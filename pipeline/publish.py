@@ -108,9 +108,11 @@ def read_run_rows(storage: Storage) -> pa.Table:
     return rows_to_table(sorted(rows, key=lambda row: (str(row["started_at"]), row["run_id"])), RUNS)
 
 
-def fingerprint_of(plan: PlanReader, ledger: Ledger, assemble_text: bool = False) -> str:
-    """Return a digest of everything that the tables are made from, `runs` left out."""
-    return digest(SCHEMA_VERSION, str(assemble_text), *plan.names, *ledger.part_ids())
+def fingerprint_of(
+    plan: PlanReader, ledger: Ledger, assemble_text: bool = False, schema_version: str = SCHEMA_VERSION
+) -> str:
+    """Return a digest of everything that the tables of a version are made from, `runs` left out."""
+    return digest(schema_version, str(assemble_text), *plan.names, *ledger.part_ids())
 
 
 def publish(
