@@ -40,7 +40,7 @@ UNITS = [
     video_unit(3, [0, 1]),
     document_unit(4, [1], doc="twin"),
 ]
-SOURCES = [source(index, source_uri=f"/in/{index}") for index in range(5)]
+SOURCES = [source(unit["source_index"], source_uri=unit["source_uri"]) for unit in UNITS]
 DISTINCT = 6
 
 
@@ -199,7 +199,7 @@ def test_the_current_view_tells_what_was_replaced_and_what_is_gone(root: str) ->
     compute(f"{root}/1")
     shared = SharedLedger(f"{root}/ledger")
     shared.give(Storage(f"{root}/1"), "1", "first", "probe", listed())
-    changed = [source(0, source_uri="/in/0", version_tag="v2"), *SOURCES[1:3]]
+    changed = [source(0, version_tag="v2"), *SOURCES[1:3]]
     units = [document_unit(0, [1], doc="new bytes"), *UNITS[1:3]]
     write_plan_part(Storage(f"{root}/2"), units_table(units), sources_table(changed), "s")
     compute(f"{root}/2")
@@ -209,8 +209,8 @@ def test_the_current_view_tells_what_was_replaced_and_what_is_gone(root: str) ->
     rows = [row for table in source_states(Ledger(shared.storage)) for row in table.to_pylist()]
     states = {(row["source_uri"], row["version_tag"]): row["state"] for row in rows}
     assert states == {
-        ("/in/0", "v1"): "replaced", ("/in/0", "v2"): "current", ("/in/1", "v1"): "current",
-        ("/in/2", "v1"): "current", ("/in/3", "v1"): "gone", ("/in/4", "v1"): "gone",
+        ("/in/0.pdf", "v1"): "replaced", ("/in/0.pdf", "v2"): "current", ("/in/1.pdf", "v1"): "current",
+        ("/in/2.pdf", "v1"): "current", ("/in/3.mp4", "v1"): "gone", ("/in/4.pdf", "v1"): "gone",
     }  # fmt: skip
 
 
@@ -220,9 +220,9 @@ def test_bytes_that_another_source_holds_as_well_stay(root: str) -> None:
     shared = SharedLedger(f"{root}/ledger")
     shared.give(Storage(f"{root}/1"), "1", "first", "probe")
     ledger = Ledger(shared.storage)
-    alone, twin = removal_of(ledger, ["/in/0"]), removal_of(ledger, ["/in/1"])
+    alone, twin = removal_of(ledger, ["/in/0.pdf"]), removal_of(ledger, ["/in/1.pdf"])
     assert (len(alone.purge.doc_ids), alone.shared, alone.versions) == (1, 0, 1)
     assert (len(twin.purge.doc_ids), twin.shared) == (0, 1)
-    both = removal_of(ledger, ["/in/1", "/in/4"])
+    both = removal_of(ledger, ["/in/1.pdf", "/in/4.pdf"])
     assert (len(both.purge.doc_ids), both.shared) == (1, 0)
     assert removal_of(ledger, ["/in/"]).versions == 5
