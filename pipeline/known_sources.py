@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -13,7 +14,7 @@ from operators.base import rows_to_table
 from operators.probe import SOURCE_COLUMNS, ProbeConfig, cut_units, failed_unit, owed_parts
 from pipeline.addresses import stored_uri
 from pipeline.commits import conformed, part_path
-from pipeline.key_index import SourceIndex, short_key
+from pipeline.key_index import KEY_BYTES, SourceIndex, short_key
 from pipeline.ledger import Ledger
 from schemas.errors import ERROR, RecordError, error_struct
 from schemas.source import SOURCE_FACTS, SOURCE_REF, UNIT
@@ -73,20 +74,28 @@ class Listed:
 
     def __init__(self, inputs: Sequence[str]) -> None:
         self.inputs = tuple(inputs)
-        self._names: list[bytes] = []
-        self._versions: list[bytes] = []
+        self._pairs = bytearray()
 
     def add(self, listed: pa.Table) -> None:
         """Take in SOURCE rows."""
         for row in listed.select(["source_uri", "source_ref", "size_bytes", "version_tag"]).to_pylist():
-            self._names.append(source_name(row))
-            self._versions.append(source_version(row))
+            self._pairs += source_name(row) + source_version(row)
 
     def table(self) -> pa.Table:
         """Return the LISTING rows, each source once, sorted."""
-        pairs = sorted(dict(zip(self._names, self._versions, strict=True)).items())
-        columns = {"source_name": [name for name, _ in pairs], "source_version": [version for _, version in pairs]}
-        return pa.table(columns, schema=LISTING)
+        pairs = np.unique(np.frombuffer(bytes(self._pairs), dtype=np.uint8).reshape(-1, 2 * KEY_BYTES), axis=0)
+        first = np.ones(len(pairs), dtype=bool)
+        first[1:] = (pairs[1:, :KEY_BYTES] != pairs[:-1, :KEY_BYTES]).any(axis=1)
+        halves = (pairs[first, :KEY_BYTES], pairs[first, KEY_BYTES:])
+        arrays = [
+            pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), int(first.sum()), [None, _buffer(half)])
+            for half in halves
+        ]
+        return pa.table(arrays, schema=LISTING)
+
+
+def _buffer(rows: npt.NDArray[np.uint8]) -> pa.Buffer:
+    return pa.py_buffer(np.ascontiguousarray(rows))
 
 
 @dataclasses.dataclass

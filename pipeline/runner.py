@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -65,6 +66,13 @@ def run(spec: RunSpec | None = None, observer: Observer | None = None, **options
     """
     wanted = spec or make_spec(options)
     return _Run(wanted, observer or Silent()).go()
+
+
+def _drained(tables: list[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the tables and let go of them: a million listed sources need not lie in the driver twice."""
+    tables.reverse()
+    while tables:
+        yield tables.pop()
 
 
 @dataclass
@@ -210,7 +218,8 @@ class _Run:
         fresh: list[pa.Table] = []
         planner = self._known_planner(cache.part_number)
         for table in listed(self.spec, listing):
-            self.listed.add(table)
+            if self.shared:
+                self.listed.add(table)
             wanted = cache.to_probe(table)
             fresh.append(planner.plan(wanted) if planner else wanted)
             self.passwords |= cache.passwords(table)
@@ -276,7 +285,7 @@ class _Run:
         config = self._config()
         wanted = max(1, count // (PLAN_TASKS_PER_WORKER * self.executor.worker_count))
         rows = min(max(SOURCES_PER_PLAN_PART, count // MOST_PLAN_PARTS), wanted)
-        held = [self.executor.hold(table) for table in rebatch(iter(fresh), rows) if table.num_rows]
+        held = [self.executor.hold(table) for table in rebatch(_drained(fresh), rows) if table.num_rows]
         for planned in self.executor.run(
             plan_flow(config, run_uri=self.spec.output, part_number=part_number), {"sources": held}
         ):
