@@ -17,7 +17,7 @@ from pipeline.storage import Storage
 from pipeline.versions import versions
 from schemas.vocabulary import QUIET_STATUSES
 
-PHASES = ("list", "start", "plan", "run", "publish", "total")
+PHASES = ("list", "start", "plan", "take_over", "run", "publish", "total")
 
 
 @dataclass
@@ -30,7 +30,7 @@ class RunSummary:
         complete: every planned record has exactly one row, and the tables agree with each other.
         statuses: committed pages and segments of the run, by status.
         errors: error rows of the run, by category.
-        seconds: `list`, `plan`, `start`, `run`, `publish`, `total` of this call.
+        seconds: `list`, `plan`, `start`, `take_over`, `run`, `publish`, `total` of this call.
         steps: rows and busy seconds of each step in this call.
     """
 
