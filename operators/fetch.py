@@ -1,33 +1,41 @@
 """Bytes of a source as a local file, wherever it lives: a path, an fsspec URL, a member of an archive."""
 
 import contextlib
+import dataclasses
 import hashlib
+import io
 import os
-import random
 import re
 import stat
-import tarfile
 import tempfile
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Final
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import fsspec
+from fsspec.implementations.http import HTTPFileSystem
 from pydantic import Field
 
+from operators.archives import COMPRESSIONS, OpenArchive
 from operators.base import OperatorConfig
-from schemas.errors import FetchError
+from operators.retries import RetryPolicy, http_status, may_pass
+from operators.stores import RangeFile, RangesRefusedError, Remote, ShortBodyError
+from schemas.errors import ConfigError, FetchError
 from schemas.ids import canonical_json
 
 CHUNK_BYTES: Final = 8 * 1024 * 1024
+RANGES_AT_ONCE: Final = 4
+READ_AHEAD_BYTES: Final = 256 * 1024
+"""Of an archive that is read in place: the headers of small members come together."""
+DAY_SECONDS: Final = 86_400.0
 FORBIDDEN_STATUSES: Final = {401, 403, 407}
 MISSING_STATUSES: Final = {404, 410}
 BYTES_SCHEME: Final = "file+bytes://"
 """Starts the address of a local file whose name is no UTF-8; its bytes follow, percent-encoded."""
 QUERY: Final = re.compile(r"(?<=\w)\?[^\s'\")]+")
+SUFFIX: Final = re.compile(r"\.[A-Za-z0-9]{1,15}")
 
 
 class FetchConfig(OperatorConfig):
@@ -36,15 +44,133 @@ class FetchConfig(OperatorConfig):
     max_source_bytes: Annotated[
         int, Field(gt=0, description="A larger object, or unpacked archive member, is refused as too_large.")
     ] = 64 * 1024**3
-    max_attempts: Annotated[int, Field(ge=1, description="Attempts at a download that fails in transit.")] = 4
+    max_attempts: Annotated[
+        int, Field(ge=1, description="Attempts at each range of a download that fails in transit.")
+    ] = RetryPolicy.max_attempts
     first_wait_seconds: Annotated[
-        float, Field(ge=0, description="Wait before the second attempt; doubled before each further one.")
-    ] = 1.0
+        float, Field(ge=0, description="Longest wait before the second attempt; doubled before each further one.")
+    ] = RetryPolicy.first_wait_seconds
+    most_seconds: Annotated[
+        float, Field(gt=0, description="No further attempt at a range when so much time went by.")
+    ] = RetryPolicy.most_seconds
+
+    @property
+    def retries(self) -> RetryPolicy:
+        """The same as a policy."""
+        return RetryPolicy(self.max_attempts, self.first_wait_seconds, most_seconds=self.most_seconds)
+
+
+class Shelf:
+    """Keeps the archive open that was asked for last: members of one archive follow one another."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._held: tuple[str, tuple[int, ...]] | None = None
+        self._archive: OpenArchive | None = None
+
+    def copy_member(self, address: str, reference: Mapping[str, Any], target: Path, config: FetchConfig) -> None:
+        """Copy a member to `target`; an archive that was kept is opened anew before it counts as damaged.
+
+        Raises:
+            FetchError: as `local_copy`.
+        """
+        wanted = (address, _state_of(address))
+        is_kept = self._held == wanted
+        try:
+            self._copy(address, reference, target, config, wanted)
+        except FetchError:
+            self.close()
+            if not is_kept:
+                raise
+            self._copy(address, reference, target, config, wanted)
+
+    def open(self, address: str, config: FetchConfig) -> OpenArchive:
+        """Return an archive; it stays open until the next one is asked for, or `close`.
+
+        Raises:
+            FetchError: its bytes cannot be had.
+        """
+        return self._opened(address, config, (address, _state_of(address)))
+
+    def close(self) -> None:
+        """Close the archive, and remove its copy."""
+        self._archive = self._held = None
+        self._stack.close()
+
+    def _copy(
+        self,
+        address: str,
+        reference: Mapping[str, Any],
+        target: Path,
+        config: FetchConfig,
+        wanted: tuple[str, tuple[int, ...]],
+    ) -> None:
+        archive = self._opened(address, config, wanted)
+        place = (reference.get("byte_offset"), reference.get("byte_size"))
+        with target.open("wb") as sink:
+            archive.copy(str(reference["member"]), sink, config.max_source_bytes, *place)
+
+    def _opened(self, address: str, config: FetchConfig, wanted: tuple[str, tuple[int, ...]]) -> OpenArchive:
+        if self._archive is None or self._held != wanted:
+            self.close()
+            file = self._stack.enter_context(opened_bytes(address, config))
+            self._archive, self._held = OpenArchive(file, PurePosixPath(without_secrets(address)).name), wanted
+        return self._archive
+
+
+def _state_of(address: str) -> tuple[int, ...]:
+    """Return what changes when a local file does; nothing for a remote one, which is asked once."""
+    path = local_path(address)
+    try:
+        found = path.stat() if path else None
+    except (OSError, ValueError):
+        found = None
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if found else ()
+
+
+@contextlib.contextmanager
+def opened_bytes(address: str, config: FetchConfig) -> Iterator[BinaryIO]:
+    """Yield a file with random access to the bytes of an object, which are fetched as they are read.
+
+    A compressed tar is fetched whole, since it is read from its start again and again; so is what a server does not
+    give in parts.
+
+    Raises:
+        FetchError: as `local_copy`.
+    """
+    path = local_path(address)
+    with contextlib.ExitStack() as stack:
+        if path is None:
+            in_place = _in_place(address, config)
+            if in_place is not None:
+                yield in_place
+                return
+            path = stack.enter_context(local_copy(address, None, config))
+        check_local_file(path)
+        yield stack.enter_context(path.open("rb"))
+
+
+def _in_place(address: str, config: FetchConfig) -> BinaryIO | None:
+    try:
+        remote = Remote(address, config.retries)
+        if not remote.has_ranges:
+            return None
+        head = remote.read(0, min(8, remote.size_bytes or 0))
+        if head.startswith(tuple(COMPRESSIONS)):
+            return None
+    except RangesRefusedError:
+        return None
+    except Exception as error:
+        raise translated(error, address) from error
+    return io.BufferedReader(RangeFile(remote, lambda error: translated(error, address)), READ_AHEAD_BYTES)
 
 
 @contextlib.contextmanager
 def local_copy(
-    source_uri: str, source_ref: Mapping[str, Any] | None = None, config: FetchConfig | None = None
+    source_uri: str,
+    source_ref: Mapping[str, Any] | None = None,
+    config: FetchConfig | None = None,
+    shelf: Shelf | None = None,
 ) -> Iterator[Path]:
     """Yield a local path that holds the bytes of a source.
 
@@ -53,18 +179,19 @@ def local_copy(
 
     Args:
         source_uri: a local path or any fsspec URL; of the archive, where the source is a member of one.
-        source_ref: a `SOURCE_REF` value. `member` names a member of a tar or zip archive; with `byte_offset` and
-            `byte_size` only that range is read, as it stands. `path`, where given, is the archive's own address.
+        source_ref: a `SOURCE_REF` value. `member` names a member of a tar or zip archive; `byte_offset` and
+            `byte_size` say where it lies in the tar, unpacked if it was compressed. `path`, where given, is the
+            archive's own address.
         config: limits and retries.
+        shelf: keeps the archive open for the next call.
 
     Raises:
-        FetchError: `not_found`, `forbidden`, `unreadable`, or `too_large`.
+        FetchError: `not_found`, `forbidden`, `unreadable`, or `too_large`; of archives also `damaged`, `encrypted`.
     """
     config = config or FetchConfig()
     reference = source_ref or {}
     address = str(reference.get("path") or source_uri)
     member = reference.get("member")
-    byte_range = (reference.get("byte_offset"), reference.get("byte_size"))
     path = local_path(address)
     with contextlib.ExitStack() as stack:
         if path is not None:
@@ -73,18 +200,22 @@ def local_copy(
             yield path
             return
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pagereel-")))
-        target = folder / f"source{PurePosixPath(member or urlsplit(address).path).suffix[:16]}"
-        if member is None and path is not None:
+        target = folder / f"source{suffix_of(member or urlsplit(address).path)}"
+        if member is not None:
+            archives = shelf or stack.enter_context(contextlib.closing(Shelf()))
+            archives.copy_member(address, reference, target, config)
+        elif path is not None:
             # Decoders take names as UTF-8.
             target.symlink_to(path.absolute())
-        elif member is None:
-            download(address, target, config)
-        elif byte_range[0] is not None and byte_range[1] is not None:
-            download(address, target, config, byte_range[0], byte_range[1])
         else:
-            archive = stack.enter_context(local_copy(address, None, config))
-            extract_member(archive, member, target, config.max_source_bytes)
+            download(address, target, config)
         yield target
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a name if it is a plain one, else nothing: it becomes part of a path."""
+    suffix = PurePosixPath(name).suffix
+    return suffix if SUFFIX.fullmatch(suffix) else ""
 
 
 class KeptCopy:
@@ -96,6 +227,7 @@ class KeptCopy:
 
     def __init__(self, config: FetchConfig) -> None:
         self.config = config
+        self._shelf = Shelf()
         self._stack = contextlib.ExitStack()
         self._held: tuple[str, str | None] | None = None
         self._path = Path()
@@ -114,8 +246,8 @@ class KeptCopy:
         """
         wanted = (canonical_json([source_uri, source_ref]), doc_id)
         if wanted != self._held:
-            self.close()
-            self._path = self._stack.enter_context(local_copy(source_uri, source_ref, self.config))
+            self._drop()
+            self._path = self._stack.enter_context(local_copy(source_uri, source_ref, self.config, self._shelf))
             self._held = wanted
         check_local_file(self._path)
         found = self._path.stat()
@@ -127,7 +259,11 @@ class KeptCopy:
         return self._path
 
     def close(self) -> None:
-        """Remove the copy."""
+        """Remove the copy, and close the archive that it came from."""
+        self._drop()
+        self._shelf.close()
+
+    def _drop(self) -> None:
         self._stack.close()
         self._held = self._checked = None
 
@@ -168,75 +304,87 @@ def check_local_file(path: Path) -> None:
         raise FetchError(f"{path!s}: not a path: {error}", code="not_found") from error
 
 
-def download(address: str, target: Path, config: FetchConfig, offset: int = 0, size: int | None = None) -> None:
-    """Copy a remote object, or `size` bytes of it from `offset`, to `target`.
+def download(
+    address: str, target: Path, config: FetchConfig, passes: Callable[[Exception], bool] | None = None
+) -> None:
+    """Copy a remote object to `target`, all of it: as many bytes as the store says that it has.
 
-    Failures in transit are tried again; those that would fail again are not.
+    A large object comes in ranges, of which one that fails in transit is asked for again by itself.
+
+    Args:
+        address: any fsspec URL.
+        target: where the bytes go.
+        config: limits and retries.
+        passes: as `retried` takes it.
 
     Raises:
         FetchError: as `local_copy`.
     """
+    try:
+        remote = Remote(address, config.retries, passes)
+        size = remote.size_bytes
+        if size is not None and size > config.max_source_bytes:
+            raise FetchError(f"{without_secrets(address)}: more than {config.max_source_bytes} bytes", code="too_large")
+        if not (size and size > CHUNK_BYTES and remote.has_ranges and _came_in_ranges(remote, target, size)):
+            # However long the copy took, it may break at its end.
+            patient = dataclasses.replace(config.retries, most_seconds=DAY_SECONDS)
+            remote.again(lambda: _copy_whole(remote, target, config), patient)
+    except FetchError:
+        raise
+    except Exception as error:
+        raise translated(error, address) from error
 
-    def attempt() -> None:
-        filesystem, path = fsspec.core.url_to_fs(address)
-        with filesystem.open(path, "rb", block_size=CHUNK_BYTES) as source, target.open("wb") as sink:
-            if offset:
-                source.seek(offset)
-            copied = copy_bounded(source, sink, config.max_source_bytes, size, address)
-        if size is not None and copied < size:
-            message = f"{without_secrets(address)}: {copied} bytes at {offset}, wanted {size}"
-            raise FetchError(message, code="unreadable")
 
-    with_retries(attempt, address, config)
+def _came_in_ranges(remote: Remote, target: Path, size: int) -> bool:
+    """Copy an object range by range, several at once; return False when the server gives no ranges."""
 
+    def copy(start: int) -> None:
+        data = remote.read(start, min(start + CHUNK_BYTES, size))
+        os.pwrite(file.fileno(), data, start)
 
-def with_retries(attempt: Callable[[], None], address: str, config: FetchConfig) -> None:
-    """Run `attempt` until it succeeds, fails for good, or has failed `config.max_attempts` times."""
-    chance = random.Random()
-    for number in range(1, config.max_attempts + 1):
+    with target.open("wb") as file, ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
         try:
-            attempt()
+            copy(0)
+            for _ in pool.map(copy, range(CHUNK_BYTES, size, CHUNK_BYTES)):
+                pass
+        except RangesRefusedError:
+            return False
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if remote.look() != remote.facts:
+        raise FetchError(f"{without_secrets(remote.address)}: changed while it was read", retryable=True)
+    return True
+
+
+def _copy_whole(remote: Remote, target: Path, config: FetchConfig) -> None:
+    options = {"block_size": 0 if isinstance(remote.filesystem, HTTPFileSystem) else CHUNK_BYTES}
+    with target.open("wb") as sink:
+        if remote.has_ranges and (remote.size_bytes or 0) <= CHUNK_BYTES:
+            sink.write(remote.read_whole())
             return
-        except FetchError:
-            raise
-        # Each fsspec backend has exceptions of its own (botocore, aiohttp, google, azure), with no common root.
-        except Exception as error:
-            failure = translated(error, address)
-            if not failure.retryable or number == config.max_attempts:
-                raise failure from error
-        wait_seconds = config.first_wait_seconds * 2 ** (number - 1)
-        time.sleep(wait_seconds * chance.uniform(0.5, 1.5))
+        with remote.filesystem.open(remote.path, "rb", **options) as source:
+            copied = copy_bounded(source, sink, config.max_source_bytes, remote.address)
+    if remote.size_bytes is not None and copied != remote.size_bytes:
+        raise ShortBodyError(f"{copied} bytes came of {remote.size_bytes}")
 
 
 def translated(error: Exception, address: str) -> FetchError:
     """Return the `FetchError` for a library's exception; retryable when it may have been in transit."""
+    if isinstance(error, FetchError):
+        return error
     status = http_status(error)
     if status in MISSING_STATUSES:
         code, retryable = "not_found", False
     elif isinstance(error, PermissionError) or status in FORBIDDEN_STATUSES:
         code, retryable = "forbidden", False
-    elif status is None and isinstance(error, FileNotFoundError | NotADirectoryError):
+    elif isinstance(error, FileNotFoundError | NotADirectoryError) and not may_pass(error):
         code, retryable = "not_found", False
-    elif isinstance(error, ImportError | ValueError | NotImplementedError | IsADirectoryError):
+    elif isinstance(error, ImportError | ValueError | NotImplementedError | IsADirectoryError | ConfigError):
         code, retryable = "unreadable", False
     else:
         code, retryable = "unreadable", True
     message = f"{without_secrets(address)}: {type(error).__name__}: {QUERY.sub('', str(error))}"
     return FetchError(message, code=code, retryable=retryable)
-
-
-def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an exception, or one that it was raised from, carries.
-
-    fsspec raises FileNotFoundError from whatever answer it got to its first look at a URL, 503 included.
-    """
-    found: BaseException | None = error
-    while found is not None:
-        status = getattr(found, "status", None)
-        if isinstance(status, int):
-            return status
-        found = found.__cause__
-    return None
 
 
 def without_secrets(address: str) -> str:
@@ -255,47 +403,12 @@ def link_without_secrets(link: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def copy_bounded(source: BinaryIO, sink: BinaryIO, max_bytes: int, size: int | None, address: str) -> int:
-    """Copy up to `size` bytes, or all, and return how many; more than `max_bytes` is `too_large`."""
+def copy_bounded(source: BinaryIO, sink: BinaryIO, max_bytes: int, address: str) -> int:
+    """Copy all bytes and return how many; more than `max_bytes` is `too_large`."""
     copied = 0
-    while size is None or copied < size:
-        chunk = source.read(CHUNK_BYTES if size is None else min(CHUNK_BYTES, size - copied))
-        if not chunk:
-            break
+    while chunk := source.read(CHUNK_BYTES):
         copied += len(chunk)
         if copied > max_bytes:
             raise FetchError(f"{without_secrets(address)}: more than {max_bytes} bytes", code="too_large")
         sink.write(chunk)
     return copied
-
-
-def extract_member(archive: Path, member: str, target: Path, max_bytes: int) -> None:
-    """Copy one member of a tar or zip archive to `target`; its name never becomes a path on this machine.
-
-    Raises:
-        FetchError: `not_found` for no such member, `unreadable` for a damaged archive or a member that is no file,
-            `too_large` when it unpacks to more than `max_bytes`.
-    """
-    try:
-        with open_member(archive, member) as source, target.open("wb") as sink:
-            copy_bounded(source, sink, max_bytes, None, f"{archive.name}:{member}")
-    except KeyError as error:
-        raise FetchError(f"{archive.name}: no member {member!r}", code="not_found") from error
-    # zlib and lzma errors reach us bare; NotImplementedError and RuntimeError are zip's odd methods and passwords.
-    except (OSError, EOFError, ValueError, RuntimeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise FetchError(f"{archive.name}:{member}: {error}", code="unreadable") from error
-
-
-@contextlib.contextmanager
-def open_member(archive: Path, member: str) -> Iterator[BinaryIO]:
-    """Yield a reader of one member of a tar (of any compression) or zip archive."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as packed, packed.open(member) as source:
-            yield source  # type: ignore[misc]
-        return
-    with tarfile.open(archive) as packed_tar:
-        found = packed_tar.extractfile(member)
-        if found is None:
-            raise ValueError("not a regular file")
-        with found:
-            yield found  # type: ignore[misc]

@@ -1,15 +1,20 @@
 """Addresses as they are stored: what identifies a source, without what opens it."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote_from_bytes, unquote
 
+from operators.archives import BYTES_NAME
 from operators.fetch import without_secrets
 from schemas.ids import digest
 
 LOCAL_PROTOCOLS: Final = ("file", "file+bytes")
 CONTAINER_PROTOCOLS: Final = ("abfs", "abfss", "wasb", "wasbs")
 """Here the part before the @ of the host is a container, not a user."""
+
+KEY_PROTOCOLS: Final = ("s3", "s3a", "gs", "gcs", "memory")
+"""Here a question mark is a character of a name, and nothing is a query."""
 
 SIGNATURES: Final = {"signature", "sig", "token", "access_token", "x-amz-signature", "x-goog-signature"}
 SIGNING: Final = SIGNATURES | {
@@ -36,6 +41,17 @@ def stored_uri(address: str) -> str:
     if "://" not in address:
         return address
     return "::".join(_stored_link(link) for link in _LINKS.split(address))
+
+
+def named_input(source_uri: str, source_ref: Mapping[str, Any] | None) -> str:
+    """Return the input that names a source alone: its address, or `zip://member::address`."""
+    member = (source_ref or {}).get("member")
+    if member is None:
+        return source_uri
+    scheme = "zip" if source_uri.lower().endswith(".zip") else "tar"
+    if "::" in member and not member.startswith(BYTES_NAME):
+        member = BYTES_NAME + quote_from_bytes(member.encode())
+    return f"{scheme}://{member}::{source_uri}"
 
 
 def scrubbed(text: str | None, address: str) -> str | None:
@@ -70,7 +86,7 @@ def _stored_link(link: str) -> str:
     protocol, separator, rest = link.partition("://")
     if not separator or protocol in LOCAL_PROTOCOLS:
         return link
-    path, _, query = rest.partition("?")
+    path, _, query = (rest, "", "") if protocol in KEY_PROTOCOLS else rest.partition("?")
     mark = _MARK.search(path)
     kept = mark.group() if mark else ""
     path = path.removesuffix(kept)

@@ -1,47 +1,36 @@
-"""Inputs to sources: what the user named, listed, one row an object, nothing opened."""
+"""Inputs to sources: what the user named, listed, one row an object; archives alone are opened, to list them."""
 
-import csv
 import glob
-import io
-import json
 import os
-import posixpath
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import quote_from_bytes
+from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.asyn import AsyncFileSystem, sync
 
+from operators.archives import has_archive_suffix
 from operators.base import rows_to_table
-from operators.fetch import BYTES_SCHEME, MISSING_STATUSES, http_status, local_path, translated
-from pipeline.addresses import scrubbed, stored_uri
-from schemas.errors import ConfigError, FetchError, PagereelError, TransientError, error_struct, one_line, plain_text
+from operators.fetch import local_path
+from operators.retries import passes_once_reached, retried
+from operators.stores import ask, open_store
+from pipeline import looks
+from pipeline.addresses import stored_uri
+from pipeline.archive_sources import ARCHIVE_LINK, Archives
+from pipeline.listing import folder_of_pattern, matching, objects_below
+from pipeline.looks import error_row, facts_of, local_row, looked_at, refusal
+from pipeline.manifests import first_link, has_manifest_suffix, manifest_rows, name_of_input, suffix_of_input
+from schemas.errors import ConfigError, FetchError, plain_text
 from schemas.source import SOURCE
 
-MANIFEST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
 PASSED_OVER_SUFFIXES = (
     ".csv", ".css", ".doc", ".docx", ".gz", ".htm", ".html", ".ini", ".js", ".json", ".jsonl", ".log", ".md",
-    ".mp3", ".parquet", ".ppt", ".pptx", ".py", ".rst", ".srt", ".sha256", ".tar", ".toml", ".tsv", ".ttf", ".txt",
-    ".vtt", ".wav", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".zip",
+    ".mp3", ".parquet", ".ppt", ".pptx", ".py", ".rst", ".srt", ".sha256", ".toml", ".tsv", ".ttf", ".txt",
+    ".vtt", ".wav", ".xls", ".xlsx", ".xml", ".yaml", ".yml",
 )  # fmt: skip
-"""Files in a folder that are passed over, and counted, when the folder itself was named."""
+"""Files in a folder or archive that are passed over, and counted, when the folder or archive itself was named."""
 
 SOURCES_PER_TABLE = 1000
-LOOKS_AT_ONCE = 32
-LOOK_SECONDS = 10.0
-"""A remote source of a manifest that does not tell its size in this time is found out about when it is read."""
-
-TAGS: Final = (
-    "etag", "contentmd5", "digest", "md5hash", "lastmodified", "updated", "mtime", "modified", "modify", "created",
-)  # fmt: skip
-"""What file systems call the version or time of an object, best first; in small letters, without `-` and `_`."""
 
 
 @dataclass
@@ -50,7 +39,8 @@ class Listing:
 
     Attributes:
         sources: rows listed so far.
-        passed_over: files of a named folder that are no documents or videos by their name.
+        passed_over: files of a named folder or archive that are no documents or videos by their name, and what else
+            of an archive is no file.
     """
 
     sources: int = 0
@@ -61,11 +51,12 @@ def list_sources(inputs: Iterable[str], options: dict[str, Any], counts: Listing
     """Yield SOURCE tables for the inputs, in order; bounded memory.
 
     What a folder or manifest names and cannot be looked at is a row all the same: reading it will tell why. A folder
-    below a named one that cannot be listed is a row with an error. A local file whose name is no UTF-8 has a
-    `file+bytes://` address.
+    below a named one that cannot be listed is a row with an error, and so is an archive, beside its members that could
+    be. A local file whose name is no UTF-8 has a `file+bytes://` address.
 
     Args:
-        inputs: files, folders, globs, URLs of any fsspec protocol, or manifests (.txt, .csv, .jsonl, .parquet).
+        inputs: files, folders, globs, archives, members of archives (`zip://inner.pdf::/path/a.zip`), URLs of any
+            fsspec protocol, or manifests (.txt, .csv, .jsonl, .parquet).
         options: `page_ranges`, `password`, `start_seconds`, `stop_seconds` for every source that a manifest row does
             not set itself.
         counts: filled while the tables are consumed.
@@ -75,15 +66,19 @@ def list_sources(inputs: Iterable[str], options: dict[str, Any], counts: Listing
         TransientError: a store did not answer.
     """
     held: list[dict[str, Any]] = []
-    for row in _rows(inputs, counts):
-        row["source_index"] = counts.sources
-        counts.sources += 1
-        held.append({**options, **{key: value for key, value in row.items() if value is not None}})
-        if len(held) == SOURCES_PER_TABLE:
+    archives = Archives(PASSED_OVER_SUFFIXES)
+    try:
+        for row in _rows(inputs, counts, archives):
+            row["source_index"] = counts.sources
+            counts.sources += 1
+            held.append({**options, **{key: value for key, value in row.items() if value is not None}})
+            if len(held) == SOURCES_PER_TABLE:
+                yield rows_to_table(held, SOURCE)
+                held = []
+        if held:
             yield rows_to_table(held, SOURCE)
-            held = []
-    if held:
-        yield rows_to_table(held, SOURCE)
+    finally:
+        archives.close()
 
 
 def check_inputs(inputs: Iterable[str]) -> None:
@@ -93,11 +88,12 @@ def check_inputs(inputs: Iterable[str]) -> None:
         ConfigError: one of them is not there.
     """
     for given in inputs:
-        path = _named_path(given)
+        inside = ARCHIVE_LINK.fullmatch(given)
+        path = _named_path(inside[2] if inside else given)
         if path is None or os.path.exists(path):
             continue
         if not glob.has_magic(given):
-            raise ConfigError(f"{'manifest' if _has_manifest_suffix(given) else 'input'} {given!r} does not exist")
+            raise ConfigError(f"{'manifest' if has_manifest_suffix(given) else 'input'} {given!r} does not exist")
         if next(glob.iglob(str(path), recursive=True), None) is None:
             raise ConfigError(f"input {given!r} matches no file")
 
@@ -121,75 +117,106 @@ def _expanded(path: Path | None) -> Path | None:
         return path
 
 
-def _rows(inputs: Iterable[str], counts: Listing) -> Iterator[dict[str, Any]]:
+def _rows(inputs: Iterable[str], counts: Listing, archives: Archives) -> Iterator[dict[str, Any]]:
     for given in inputs:
         path = _named_path(given)
-        if _has_manifest_suffix(given) and (not _has_magic(given) or _is_file(given, path)):
-            yield from _manifest(given, path)
-        elif path is None:
-            yield from _remote(given, counts)
+        inside = ARCHIVE_LINK.fullmatch(given)
+        passed_over = archives.passed_over
+        if has_manifest_suffix(given) and inside is None and (not _has_magic(given) or _is_file(given, path)):
+            yield from _of_manifest(given, path, archives)
+        elif inside is not None:
+            yield from _inside(given, inside[1], inside[2], archives)
         else:
-            yield from _local(given, path, counts)
+            files = _remote(given, counts) if path is None else _local(given, path, counts)
+            yield from _unpacked(files, given, archives)
+        counts.passed_over += archives.passed_over - passed_over
 
 
-def _first_link(given: str) -> tuple[str, str, str]:
-    """Return what stands before, in and after the link of a chained URL that names the object itself."""
-    links = given.split("::")
-    place = next((place for place, link in enumerate(links) if "://" in link), 0)
-    before, after = links[:place], links[place + 1 :]
-    return "".join(f"{link}::" for link in before), links[place], "".join(f"::{link}" for link in after)
+def _unpacked(files: Iterable[dict[str, Any]], given: str, archives: Archives) -> Iterator[dict[str, Any]]:
+    """Yield rows of files, with those of its members in the place of an archive.
+
+    Raises:
+        ConfigError: all that was named is archives without a file to read.
+    """
+    listed = is_archive = False
+    for row in files:
+        is_archive = row.get("error") is None and has_archive_suffix(name_of_input(row["source_uri"]))
+        for found in _members(row, archives) if is_archive else (row,):
+            listed = True
+            yield found
+    if is_archive and not listed:
+        raise ConfigError(f"archive {stored_uri(given)!r} holds no file to read")
 
 
-def _has_manifest_suffix(given: str) -> bool:
-    return _suffix(given) in MANIFEST_SUFFIXES
+def _members(row: dict[str, Any], archives: Archives) -> Iterator[dict[str, Any]]:
+    for found, damage in archives.rows(row):
+        yield found if damage is None else {**found, **error_row(found["source_uri"], damage)}
 
 
-def _suffix(given: str) -> str:
-    name = _first_link(given)[1].partition("?")[0] if "://" in given else given
-    return posixpath.splitext(name)[1].lower()
+def _inside(given: str, wanted: str, address: str, archives: Archives) -> Iterator[dict[str, Any]]:
+    what = f"input {stored_uri(given)!r}"
+    path = _named_path(address)
+    if path is not None and not path.exists():
+        raise ConfigError(f"{what}: there is no such archive")
+    archive = local_row(path) if path is not None else {"source_uri": plain_text(address), **looked_at(address)}
+    try:
+        rows = list(archives.named_rows(archive, wanted))
+    except FetchError as error:
+        raise refusal(what, address, error) from error
+    if not rows:
+        raise ConfigError(f"{what} matches no member of the archive")
+    yield from rows
+
+
+def _of_manifest(given: str, path: Path | None, archives: Archives) -> Iterator[dict[str, Any]]:
+    for row in manifest_rows(given, path):
+        member = row.pop("member", None)
+        inside = ARCHIVE_LINK.fullmatch(row["source_uri"])
+        if inside is not None:
+            member, row["source_uri"] = inside[1], inside[2]
+        if member is not None:
+            yield archives.member_facts(row | looked_at(row["source_uri"]), member)
+        elif has_archive_suffix(name_of_input(row["source_uri"])):
+            yield from _members(row, archives)
+        else:
+            yield row
 
 
 def _has_magic(given: str) -> bool:
     """Return whether an input may be a pattern; the ? of a URL starts its query."""
-    return glob.has_magic(given) and not _first_link(given)[1].startswith(("http://", "https://"))
+    return glob.has_magic(given) and not first_link(given)[1].startswith(("http://", "https://"))
 
 
 def _is_file(given: str, path: Path | None) -> bool:
     if path is not None:
         return path.is_file()
     try:
-        filesystem, name = fsspec.core.url_to_fs(given)
-        return bool(filesystem.isfile(name))
+        filesystem, name = open_store(given)
+        return _kind(filesystem, name) == "file"
     except Exception:  # noqa: BLE001
         # A name that a file system refuses, as it may refuse a pattern, is no file of it; the listing tells the rest.
         return False
 
 
-def _refusal(what: str, given: str, error: Exception) -> PagereelError:
-    """Return the error for an input that cannot be listed or read, in one line without the secrets of its address."""
-    status = http_status(error)
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, OSError):
-        # What fsspec makes of a host that does not answer.
-        error = cause
-    if status in MISSING_STATUSES or (status is None and isinstance(error, FileNotFoundError)):
-        return ConfigError(f"{what} does not exist")
-    passes = isinstance(error, TimeoutError | ConnectionResetError) or (status is not None and status >= 500)
-    kind = TransientError if passes else ConfigError
-    answer = f" (status {status})" if status else ""
-    return kind(f"{what} cannot be read{answer}: {scrubbed(one_line(error), given)}")
+def _kind(filesystem: Any, path: str) -> str | None:
+    """Return `file` or `directory`, None for what does not exist."""
+    try:
+        facts = retried(lambda: ask(filesystem, "info", path), looks.LISTING_RETRIES, passes_once_reached)
+    except FileNotFoundError:
+        return None
+    return str(facts.get("type", "file"))
 
 
 def _local(given: str, path: Path, counts: Listing) -> Iterator[dict[str, Any]]:
     if os.path.isdir(path):
         yield from _folder(path, counts)
     elif os.path.lexists(path):
-        yield _local_row(path)
+        yield local_row(path)
     elif glob.has_magic(given):
         matches = sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match))
         if not matches:
             raise ConfigError(f"input {given!r} matches no file")
-        yield from (_local_row(Path(match)) for match in matches)
+        yield from (local_row(Path(match)) for match in matches)
     else:
         raise ConfigError(f"input {given!r} does not exist")
 
@@ -205,13 +232,13 @@ def _folder(folder: Path, counts: Listing) -> Iterator[dict[str, Any]]:
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if Path(name).suffix.lower() in PASSED_OVER_SUFFIXES:
+            if os.path.splitext(name)[1].lower() in PASSED_OVER_SUFFIXES and not has_archive_suffix(name):
                 counts.passed_over += 1
                 continue
             found = True
-            yield _local_row(Path(root) / name)
+            yield local_row(os.path.join(root, name))
     if unread and not found and counts.sources == before and unread[0].filename == str(folder):
-        raise _refusal(f"folder {str(folder)!r}", str(folder), unread[0]) from unread[0]
+        raise refusal(f"folder {str(folder)!r}", str(folder), unread[0]) from unread[0]
     yield from _unread_folders(unread, folder)
     if not found and counts.sources == before:
         raise ConfigError(f"folder {str(folder)!r} holds no file to read")
@@ -220,72 +247,46 @@ def _folder(folder: Path, counts: Listing) -> Iterator[dict[str, Any]]:
 def _unread_folders(unread: list[OSError], folder: Path) -> Iterator[dict[str, Any]]:
     while unread:
         error = unread.pop(0)
-        address = _address(Path(error.filename or folder))
-        failure = translated(error, address)
-        listed = FetchError(str(failure), code=failure.code, stage="list", exception_type=type(error).__name__)
-        yield {"source_uri": address, "error": error_struct(listed, "list_sources")}
-
-
-def _local_row(path: Path) -> dict[str, Any]:
-    """Return the row of a file; one that cannot be looked at, such as a broken link, has no size."""
-    row: dict[str, Any] = {"source_uri": _address(path)}
-    try:
-        facts = path.stat()
-    except (OSError, ValueError):
-        return row
-    return row | {"size_bytes": facts.st_size, "version_tag": str(facts.st_mtime_ns)}
-
-
-def _address(path: Path) -> str:
-    name = str(path.absolute())
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        try:
-            return BYTES_SCHEME + quote_from_bytes(os.fsencode(name))
-        except UnicodeEncodeError:
-            return plain_text(name)
-    return name
+        yield error_row(looks.address_of(Path(error.filename or folder)), error)
 
 
 def _remote(given: str, counts: Listing) -> Iterator[dict[str, Any]]:
     what = f"input {stored_uri(given)!r}"
+    listed, passed_over = False, 0
     try:
-        filesystem, path = fsspec.core.url_to_fs(given)
+        filesystem, path = open_store(given)
         # An earlier listing of this process may be older than the files.
         filesystem.invalidate_cache()
-        found, base = _found(filesystem, path, given)
+        found, base, is_folder = _found(filesystem, path, given)
+        for name, info in found:
+            if info.get("type", "file") != "file" or (base is not None and _is_hidden(name, path, base)):
+                continue
+            if is_folder and suffix_of_input(name) in PASSED_OVER_SUFFIXES and not has_archive_suffix(name):
+                passed_over += 1
+                continue
+            listed = True
+            uri = given if base is None else filesystem.unstrip_protocol(name) + first_link(given)[2]
+            yield {"source_uri": plain_text(uri), **facts_of(info)}
     except Exception as error:
-        raise _refusal(what, given, error) from error
-    listed = False
-    for name, info in sorted(found.items()):
-        if info.get("type", "file") != "file" or (base is not None and _is_hidden(name, path, base)):
-            continue
-        if base is not None and len(found) > 1 and _suffix(name) in PASSED_OVER_SUFFIXES:
-            counts.passed_over += 1
-            continue
-        listed = True
-        uri = given if base is None else filesystem.unstrip_protocol(name) + _first_link(given)[2]
-        yield {"source_uri": plain_text(uri), **_facts(info)}
+        raise refusal(what, given, error) from error
+    counts.passed_over += passed_over
     if not listed:
         raise ConfigError(f"{what} matches no file")
 
 
-def _found(filesystem: Any, path: str, given: str) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """Return the objects that a URL names, and the folder that they were searched in; None where it names one."""
-    if given.startswith(("http://", "https://")):
-        return {path: filesystem.info(path)}, None
-    if glob.has_magic(path) and not filesystem.exists(path):
-        return filesystem.glob(path, detail=True), _folder_of_pattern(path)
-    if filesystem.isdir(path):
-        return filesystem.find(path, detail=True), path
-    return {path: filesystem.info(path)}, None
+def _found(filesystem: Any, path: str, given: str) -> tuple[Iterable[tuple[str, dict[str, Any]]], str | None, bool]:
+    """Return the objects that a URL names, where they were searched, and whether that folder was named.
 
-
-def _folder_of_pattern(pattern: str) -> str:
-    parts = pattern.split("/")
-    place = next(place for place, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join(parts[:place])
+    An object that was named itself was searched nowhere: None.
+    """
+    policy, passes = looks.LISTING_RETRIES, passes_once_reached
+    is_web = given.startswith(("http://", "https://"))
+    kind = None if is_web else _kind(filesystem, path)
+    if kind == "directory":
+        return objects_below(filesystem, path, policy, passes), path, True
+    if kind is None and not is_web and glob.has_magic(path):
+        return matching(filesystem, path, policy, passes), folder_of_pattern(path), False
+    return [(path, retried(lambda: ask(filesystem, "info", path), policy, passes))], None, False
 
 
 def _is_hidden(name: str, path: str, base: str) -> bool:
@@ -293,99 +294,3 @@ def _is_hidden(name: str, path: str, base: str) -> bool:
     start = len(base.rstrip("/"))
     asked = any(part.startswith(".") for part in path[start:].split("/"))
     return not asked and any(part.startswith(".") for part in name[start:].split("/"))
-
-
-def _facts(info: dict[str, Any]) -> dict[str, Any]:
-    by_name = {str(key).lower().replace("-", "").replace("_", ""): value for key, value in info.items()}
-    tag = next((str(by_name[name]) for name in TAGS if by_name.get(name)), "")
-    return {"size_bytes": info.get("size"), "version_tag": tag}
-
-
-def _manifest(given: str, path: Path | None) -> Iterator[dict[str, Any]]:
-    """Yield one row for each line of a manifest; a file that is missing becomes an error row when it is probed."""
-    what = f"manifest {stored_uri(given)!r}"
-    try:
-        if path is not None:
-            data = path.read_bytes()
-        else:
-            filesystem, name = fsspec.core.url_to_fs(given)
-            with filesystem.open(name, "rb") as stream:
-                data = stream.read()
-    except Exception as error:
-        raise _refusal(what, given, error) from error
-    rows = _manifest_rows(what, given, path, data)
-    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
-        while chunk := list(islice(rows, SOURCES_PER_TABLE)):
-            for row, facts in zip(chunk, pool.map(_looked_at, chunk), strict=True):
-                yield row | facts
-
-
-def _looked_at(row: dict[str, Any]) -> dict[str, Any]:
-    """Return size and version tag of a source of a manifest; nothing where they cannot be had."""
-    uri = row["source_uri"]
-    path = local_path(uri)
-    if path is not None:
-        return _local_row(path) if os.path.lexists(path) else {}
-    try:
-        filesystem, name = fsspec.core.url_to_fs(uri)
-        if isinstance(filesystem, AsyncFileSystem):
-            return _facts(sync(filesystem.loop, filesystem._info, name, timeout=LOOK_SECONDS))
-        return _facts(filesystem.info(name))
-    except Exception:  # noqa: BLE001
-        # Each file system has errors of its own. This one will come again when the source is read, and be its row.
-        return {}
-
-
-def _manifest_rows(what: str, given: str, path: Path | None, data: bytes) -> Iterator[dict[str, Any]]:
-    count = 0
-    for count, entry in enumerate(_manifest_entries(what, _suffix(given), data), 1):
-        where = f"{what}, entry {count}"
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{where}: wanted an object with a 'uri', found {type(entry).__name__}")
-        uri = str(entry.get("uri") or "")
-        if not uri.strip():
-            raise ConfigError(f"{where}: no 'uri'")
-        yield _manifest_row(_entry_address(uri, given, path), entry, where)
-    if not count:
-        raise ConfigError(f"{what} names no source")
-
-
-def _manifest_entries(what: str, suffix: str, data: bytes) -> Iterator[Any]:
-    try:
-        if suffix == ".parquet":
-            yield from pq.read_table(io.BytesIO(data)).to_pylist()
-            return
-        text = data.decode("utf-8-sig")
-        if suffix == ".csv":
-            yield from csv.DictReader(io.StringIO(text))
-            return
-        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        yield from ((json.loads(line) for line in lines) if suffix == ".jsonl" else ({"uri": line} for line in lines))
-    except Exception as error:
-        raise ConfigError(f"{what} cannot be parsed: {one_line(error)}") from error
-
-
-def _entry_address(uri: str, given: str, path: Path | None) -> str:
-    """Return the address that an entry of a manifest names: relative to the folder of the manifest, on its store."""
-    own = _expanded(Path(uri))
-    if own is None or "://" in uri:
-        return plain_text(uri)
-    if path is not None or own.is_absolute():
-        return _address(path.absolute().parent / own if path else own)
-    before, link, after = _first_link(given)
-    protocol, _, name = link.partition("?")[0].partition("://")
-    place = posixpath.normpath(posixpath.join(posixpath.dirname(name), uri))
-    return plain_text(f"{before}{protocol}://{place}{after}")
-
-
-def _manifest_row(address: str, entry: dict[str, Any], where: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"source_uri": address}
-    for key, column in (("pages", "page_ranges"), ("password", "password")):
-        row[column] = plain_text(str(entry[key])) if entry.get(key) not in (None, "") else None
-    for key in ("start_seconds", "stop_seconds"):
-        value = entry.get(key)
-        try:
-            row[key] = float(value) if value not in (None, "") else None
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where}: {key} is {value!r}, wanted seconds") from error
-    return row

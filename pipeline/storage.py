@@ -1,47 +1,59 @@
 """Where a run lives: files of a local folder or of any fsspec store, each written whole or not at all."""
 
 import errno
+import io
 import logging
 import os
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
-import fsspec
 import pyarrow as pa
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from operators.retries import RetryPolicy, may_pass, passes_once_reached, retried, service_code
+from operators.stores import RangeFile, Remote, ask, open_store
+from pipeline.addresses import scrubbed, stored_uri
+from pipeline.listing import objects_below
 from schemas.errors import ConfigError, PagereelError, TransientError, one_line
 
 logger = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".writing-"
 FETCH_TOGETHER = 500
-CONFLICT_WORDS = ("PreconditionFailed", "pre-conditions", "ConditionalRequestConflict")
-"""How S3 says that a conditional creation found something, or lost a race."""
+RANGE_BYTES = 1024 * 1024
+"""Of a file that is read in parts, fetched at once: footers and column chunks are read in small steps."""
+
+T = TypeVar("T")
 
 
 class Storage:
     """Named byte strings under one root.
 
     A name is a relative path with `/`. A write is atomic and durable when it returns: locally a file in the same
-    folder is synced and renamed, on object stores it is one upload, which is visible only when complete.
+    folder is synced and renamed, on object stores it is one upload, which is visible only when complete. What fails on
+    an object store and may pass is tried again, here and nowhere below.
 
     Args:
         uri: a folder, or a URL of any fsspec protocol. Credentials and endpoints come from the environment.
+
+    Attributes:
+        retries: how calls to an object store are tried again.
 
     Raises:
         ConfigError: the protocol is unknown, or its library is missing; from any method: there are no credentials.
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = os.fspath(uri)
+        self.retries = RetryPolicy()
+        self._shown = stored_uri(self.uri)
+        self._passes: Callable[[Exception], bool] = may_pass
         try:
-            # A listing that was cached before another process wrote would hide its commits.
-            options = {"use_listings_cache": False} if "://" in uri and not uri.startswith("memory://") else {}
-            self.filesystem, self.root = fsspec.core.url_to_fs(os.fspath(uri), **options)
+            self.filesystem, self.root = open_store(self.uri)
         except Exception as error:
-            raise ConfigError(f"output {uri!r} cannot be used: {one_line(error)}") from error
+            raise ConfigError(f"output {self._shown!r} cannot be used: {self._said(error)}") from error
         self.root = self.root.rstrip("/")
         self.is_local = isinstance(self.filesystem, LocalFileSystem)
 
@@ -62,15 +74,16 @@ class Storage:
             if self.is_local:
                 _publish_local(self.path(name), data, replace=True)
             else:
-                self.filesystem.pipe_file(self.path(name), data)
+                self._ask("pipe_file", self.path(name), data, size_bytes=len(data))
         except Exception as error:
-            raise _failure(f"cannot write {self.uri}/{name}", error) from error
+            raise self._failure(f"cannot write {self._shown}/{name}", error) from error
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
         """Write `data` under `name` unless it exists; return whether it was written.
 
         Of several writers at once exactly one gets True, on local folders and on stores with conditional creation
-        (S3); elsewhere the check and the write are two calls.
+        (S3); elsewhere the check and the write are two calls. On a remote store writers must write different bytes:
+        a creation whose answer was lost on the way knows its own object by them.
 
         Raises:
             TransientError: the store refused for another reason.
@@ -79,13 +92,11 @@ class Storage:
             if self.is_local:
                 _publish_local(self.path(name), data, replace=False)
             else:
-                self._create_remote(self.path(name), data)
-        except FileExistsError:
-            return False
+                retried(lambda: self._create_remote(self.path(name), data), self.retries, self._passes)
         except Exception as error:
-            if any(word in f"{error!r} {error.__cause__!r}" for word in CONFLICT_WORDS):
-                return False
-            raise _failure(f"cannot create {self.uri}/{name}", error) from error
+            if not (isinstance(error, FileExistsError) or service_code(error) == "PreconditionFailed"):
+                raise self._failure(f"cannot create {self._shown}/{name}", error) from error
+            return isinstance(self.filesystem, AsyncFileSystem) and self._get_or_none(name) == data
         return True
 
     def get(self, name: str) -> bytes:
@@ -96,11 +107,11 @@ class Storage:
             TransientError: the store did not answer.
         """
         try:
-            data: bytes = self.filesystem.cat_file(self.path(name))
+            data: bytes = self._ask("cat_file", self.path(name))
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise _failure(f"cannot read {self.uri}/{name}", error) from error
+            raise self._failure(f"cannot read {self._shown}/{name}", error) from error
         return data
 
     def get_many(self, names: Sequence[str]) -> list[bytes | None]:
@@ -116,9 +127,15 @@ class Storage:
             paths = [self.path(name) for name in names[start : start + FETCH_TOGETHER]]
             try:
                 answers = self.filesystem.cat(paths, on_error="return")
-            except Exception as error:
-                raise _failure(f"cannot read from {self.uri}", error) from error
-            found += [self._content_or_raise(answers[path]) for path in paths]
+            except Exception:  # noqa: BLE001
+                # Whatever stopped them together, each is asked for alone before this fails.
+                answers = dict.fromkeys(paths, TimeoutError())
+            for name, path in zip(names[start : start + FETCH_TOGETHER], paths, strict=True):
+                answer = answers[path]
+                is_absent = isinstance(answer, FileNotFoundError) and not may_pass(answer)
+                found.append(
+                    None if is_absent else self._get_or_none(name) if isinstance(answer, Exception) else bytes(answer)
+                )
         return found
 
     def exists(self, name: str) -> bool:
@@ -128,9 +145,12 @@ class Storage:
             TransientError: the store did not answer.
         """
         try:
-            return bool(self.filesystem.isfile(self.path(name)))
+            # Not `isfile`, for which a store that fails has no files.
+            return bool(self._ask("info", self.path(name))["type"] == "file")
+        except FileNotFoundError:
+            return False
         except Exception as error:
-            raise _failure(f"cannot read {self.uri}/{name}", error) from error
+            raise self._failure(f"cannot read {self._shown}/{name}", error) from error
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the names below the folder `prefix`, sorted, files that are still being written left out.
@@ -140,11 +160,11 @@ class Storage:
         """
         try:
             self.filesystem.invalidate_cache()
-            found = self.filesystem.find(self.path(prefix))
+            found = [path for path, _ in objects_below(self.filesystem, self.path(prefix), self.retries, self._passes)]
         except FileNotFoundError:
             return []
         except Exception as error:
-            raise _failure(f"cannot list {self.uri}/{prefix}", error) from error
+            raise self._failure(f"cannot list {self._shown}/{prefix}", error) from error
         start = len(self.root) + 1
         names = (path[start:] for path in found)
         return sorted(name for name in names if not name.rsplit("/", 1)[-1].startswith(TEMPORARY_PREFIX))
@@ -156,11 +176,11 @@ class Storage:
             TransientError: the store refused.
         """
         try:
-            self.filesystem.rm_file(self.path(name))
+            self._ask("rm_file", self.path(name))
         except FileNotFoundError:
             return
         except Exception as error:
-            raise _failure(f"cannot remove {self.uri}/{name}", error) from error
+            raise self._failure(f"cannot remove {self._shown}/{name}", error) from error
 
     def open_input(self, name: str, *, ranges: bool = False) -> pa.NativeFile:
         """Return the content of `name` as a random-access Arrow file.
@@ -176,14 +196,18 @@ class Storage:
         """
         if self.is_local:
             return pa.OSFile(self.path(name))
-        if ranges:
-            try:
-                return pa.PythonFile(self.filesystem.open(self.path(name), "rb", cache_type="none"), mode="r")
-            except FileNotFoundError:
-                raise
-            except Exception as error:
-                raise _failure(f"cannot read {self.uri}/{name}", error) from error
-        return pa.BufferReader(self.get(name))
+        if not ranges:
+            return pa.BufferReader(self.get(name))
+        try:
+            remote = Remote(f"{self.uri.rstrip('/')}/{name}", self.retries, self._passes)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise self._failure(f"cannot read {self._shown}/{name}", error) from error
+        if not remote.has_ranges:
+            return pa.BufferReader(self.get(name))
+        file = RangeFile(remote, lambda error: self._failure(f"cannot read {self._shown}/{name}", error))
+        return pa.PythonFile(io.BufferedReader(file, RANGE_BYTES), mode="r")
 
     def delete_temporaries(self) -> int:
         """Remove what killed local writers left behind; return how many files."""
@@ -204,21 +228,32 @@ class Storage:
             ConfigError: nothing can be written here, in one line.
         """
         name = f"ledger/probe-{uuid.uuid4().hex}"
+        self._passes = passes_once_reached
         try:
             self.put(name, b"pagereel")
             self.delete(name)
         except Exception as error:
             # Stores raise anything from botocore's own errors to OSError; all mean the same to the author.
-            raise ConfigError(f"output {self.uri!r} is not writable: {one_line(error.__cause__ or error)}") from error
+            cause = self._said(error.__cause__ or error)
+            raise ConfigError(f"output {self._shown!r} is not writable: {cause}") from error
+        finally:
+            self._passes = may_pass
+
+    def _ask(self, method: str, *arguments: Any, size_bytes: int = 0) -> Any:
+        if self.is_local:
+            return getattr(self.filesystem, method)(*arguments)
+        return retried(
+            lambda: ask(self.filesystem, method, *arguments, size_bytes=size_bytes), self.retries, self._passes
+        )
 
     def _create_remote(self, path: str, data: bytes) -> None:
         try:
-            self.filesystem.pipe_file(path, data, mode="create")
+            ask(self.filesystem, "pipe_file", path, data, size_bytes=len(data), mode="create")
         except (TypeError, NotImplementedError, ValueError) as error:
             if self.filesystem.exists(path):
                 raise FileExistsError(path) from error
             logger.debug("%s has no conditional creation", type(self.filesystem).__name__)
-            self.filesystem.pipe_file(path, data)
+            ask(self.filesystem, "pipe_file", path, data, size_bytes=len(data))
 
     def _get_or_none(self, name: str) -> bytes | None:
         try:
@@ -226,12 +261,16 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def _content_or_raise(self, answer: Any) -> bytes | None:
-        if isinstance(answer, FileNotFoundError):
-            return None
-        if isinstance(answer, Exception):
-            raise _failure(f"cannot read from {self.uri}", answer) from answer
-        return bytes(answer)
+    def _said(self, error: BaseException) -> str:
+        return scrubbed(one_line(error), self.uri) or type(error).__name__
+
+    def _failure(self, what: str, error: BaseException) -> PagereelError:
+        """Return the error for what a store raised: anything from botocore's and google's own to OSError.
+
+        Absent credentials do not come by waiting; whatever else there is may.
+        """
+        kind = ConfigError if "Credentials" in type(error).__name__ else TransientError
+        return kind(f"{what}: {self._said(error)}")
 
 
 def _publish_local(path: str, data: bytes, *, replace: bool) -> None:
@@ -278,12 +317,3 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _failure(what: str, error: BaseException) -> PagereelError:
-    """Return the error for what a store raised: anything from botocore's and google's own to OSError.
-
-    Absent credentials do not come by waiting; whatever else there is may.
-    """
-    kind = ConfigError if "Credentials" in type(error).__name__ else TransientError
-    return kind(f"{what}: {one_line(error)}")

@@ -165,7 +165,7 @@ def test_a_range_of_a_remote_tar_is_read_without_the_rest():
     with local_copy("memory://bucket/two.tar#b.pdf", reference) as path:
         assert path.read_bytes() == DATA[5000:9000]
     short = reference | {"byte_offset": len(packed) - 10}
-    assert code_of("memory://bucket/two.tar", short) == "unreadable"
+    assert code_of("memory://bucket/two.tar", short) == "damaged"
 
 
 def test_a_bomb_in_an_archive_is_too_large(tmp_path):
@@ -174,10 +174,10 @@ def test_a_bomb_in_an_archive_is_too_large(tmp_path):
     assert code_of(str(archive), {"member": "a.pdf"}, FetchConfig(max_source_bytes=1_000_000)) == "too_large"
 
 
-def test_a_damaged_archive_is_unreadable(tmp_path):
+def test_a_damaged_archive_is_damaged(tmp_path):
     archive = tmp_path / "a.zip"
     archive.write_bytes(zip_of({"a.pdf": DATA})[:5000])
-    assert code_of(str(archive), {"member": "a.pdf"}) == "unreadable"
+    assert code_of(str(archive), {"member": "a.pdf"}) == "damaged"
 
 
 def test_the_units_of_a_source_share_one_copy(server):

@@ -3,6 +3,7 @@ import http.server
 import json
 import os
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
@@ -11,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from operators.fetch import local_copy
+from operators.retries import RetryPolicy
+from pipeline import looks
 from pipeline.plan import ListingCache, write_plan_part
 from pipeline.source import Listing, check_inputs, list_sources
 from pipeline.storage import Storage
@@ -342,7 +345,8 @@ def test_a_remote_manifest_with_a_signature_is_a_manifest(tmp_path, serve):
     [(404, ConfigError, "does not exist"), (403, ConfigError, "403"), (503, TransientError, "503")],
 )
 @pytest.mark.parametrize("name", ["a.pdf", "list.csv"])
-def test_a_url_that_is_refused_is_one_line_without_its_signature(serve, status, kind, message, name):
+def test_a_url_that_is_refused_is_one_line_without_its_signature(serve, monkeypatch, status, kind, message, name):
+    monkeypatch.setattr(looks, "LISTING_RETRIES", RetryPolicy(max_attempts=2, first_wait_seconds=0.01))
     server, url = serve(Untagged)
     server.status = status
     given = f"{url}/{name}?token=hush-hush".replace("http://", "http://user:secret@")
@@ -351,6 +355,16 @@ def test_a_url_that_is_refused_is_one_line_without_its_signature(serve, status, 
     assert "hush" not in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("protocol", "library", "extra"), [("gs", "gcsfs", "gcs"), ("abfs", "adlfs", "azure")])
+def test_a_store_whose_library_is_an_option_says_what_to_install(protocol, library, extra):
+    if find_spec(library):
+        pytest.skip(f"{library} is installed")
+    for look in (lambda: listed([f"{protocol}://bucket/a.pdf"]), lambda: Storage(f"{protocol}://bucket/run")):
+        with pytest.raises(ConfigError, match=f"needs {library}: .*{extra}") as caught:
+            look()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_store_without_credentials_is_refused_in_one_line(monkeypatch, tmp_path):

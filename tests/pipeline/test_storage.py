@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from operators.retries import RetryPolicy
 from pipeline.accounting import account
 from pipeline.commits import utc_now
 from pipeline.lease import Lease
@@ -232,13 +233,14 @@ class Breaking(MemoryFileSystem):
     def refuse(self, *arguments: object, **options: object) -> None:
         raise self.OddError
 
-    pipe_file = cat_file = cat = find = isfile = rm_file = refuse
+    pipe_file = cat_file = cat = find = info = rm_file = refuse
     _open = refuse
 
 
 def test_whatever_a_store_raises_is_a_transient_error_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage("memory://odd/run")
     monkeypatch.setattr(storage, "filesystem", Breaking())
+    storage.retries = RetryPolicy(max_attempts=1)
     calls = (
         lambda: storage.put("a", b""),
         lambda: storage.put_if_absent("a", b""),
