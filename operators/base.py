@@ -31,12 +31,14 @@ class Operator(Generic[C]):
         adds: columns that are present afterwards, with these types; a column that is already there is replaced.
         expands: True when one row may become several.
         replaces: True when only the columns of `adds` leave the operator.
+        stage: one of `STAGES`, where a row is when it ends the process that the operator runs in.
     """
 
     reads: ClassVar[pa.Schema] = pa.schema([])
     adds: ClassVar[pa.Schema] = pa.schema([])
     expands: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
+    stage: ClassVar[str] = "postprocess"
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -77,6 +79,17 @@ class Operator(Generic[C]):
             return self.adds
         kept = [field for field in incoming if field.name not in self.adds.names]
         return pa.schema([*kept, *self.adds])
+
+    def at_risk(self, table: pa.Table) -> list[bool]:
+        """Return for each row whether native code works on what it holds, which may end this process.
+
+        The base says so of none.
+        """
+        return [False] * table.num_rows
+
+    def work_done(self) -> int:
+        """Return a count that grows while a call gets on; the base has none. Another thread may ask."""
+        return 0
 
     def close(self) -> None:
         """Release what the constructor took."""

@@ -99,6 +99,7 @@ class Generate(Operator[GenerateConfig]):
         ]
     )
     adds = ANSWERED
+    stage: ClassVar[str] = "generate"
     engine_name: ClassVar[str] = "torch"
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -178,6 +179,15 @@ class Generate(Operator[GenerateConfig]):
         answers = {row: self._answer(table, row, outcome) for row, outcome in outcomes.items()}
         lost = {row: self._lost(table, row, outcome) for row, outcome in outcomes.items()}
         return with_answers(table, answers, outcomes, type(self).__name__, lost)
+
+    def at_risk(self, table: pa.Table) -> list[bool]:
+        """Return for each row whether it asks the model."""
+        return [asks_model(table, row) for row in range(table.num_rows)]
+
+    def work_done(self) -> int:
+        """Return how much the engine has done: each step of it counts."""
+        stats = self._engine.engine.stats
+        return stats.decode_steps + stats.prefill_tokens + stats.encoded_requests
 
     def close(self) -> None:
         """Give the model's memory back."""

@@ -8,7 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +86,7 @@ class ReadPages(Operator[ReadPagesConfig]):
 
     reads = READS
     adds = ADDS
+    stage: ClassVar[str] = "generate"
 
     def __init__(self, config: ReadPagesConfig) -> None:
         super().__init__(config)
@@ -103,6 +104,10 @@ class ReadPages(Operator[ReadPagesConfig]):
         table = table.set_column(table.schema.get_field_index("pixels"), RECORD.field("pixels"), left)
         columns = {name: [row.get(name) for row in rows] for name in ADDS.names if name != "pixels"}
         return with_columns(table, columns, ADDS)
+
+    def at_risk(self, table: pa.Table) -> list[bool]:
+        """Return for each row whether it is read here."""
+        return [_is_due(row) for row in table.select(["route", "error", "status"]).to_pylist()]
 
     def _read(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()

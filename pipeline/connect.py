@@ -7,19 +7,10 @@ is still owed.
 """
 
 import contextlib
-import functools
-import hashlib
 import logging
-import os
 import re
-import signal
-import sys
-import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,17 +19,27 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCodeException
 
-import pipeline
-from pipeline.metrics import METER_INTERVAL_SECONDS, Meter, StepCount
-from pipeline.step import Chain, Flow, Step, check_contract, workers_of
-from schemas.errors import ConfigError, ContractError, TransientError, WorkerLostError, one_line
+from pipeline.cluster import cluster_cpus
+from pipeline.metrics import Meter
+from pipeline.shared import Shared
+from pipeline.step import Flow, Step, check_contract, workers_of
+from pipeline.watchdog import Pool, Pulses
+from pipeline.worker import Worker, code_digest
+from schemas.errors import TransientError, one_line
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 32 * 2**20
 """Largest block between steps: little to redo on a retry, and an early first row."""
 
-TASK_RETRIES = 3
+TASK_RETRIES = 32
+"""Deaths of its worker that a task outlives. Each record that kills costs three, two of them shared with its
+neighbours, and so does each of another batch that is with the same worker; Ray also charges those that only wait there.
+It is finite so that what no strike explains ends the attempt, and the next goes on with the strikes of this one."""
+
+BLOCK_PATIENCE_SECONDS = 24 * 3600
+"""Ray sees only blocks that are finished, and one of a large model may take hours on a CPU. `pipeline/watch.py` looks
+inside, and ends what hangs long before."""
 
 SHARED_SECONDS = 60.0
 """Time for one answer of a shared object."""
@@ -49,71 +50,7 @@ RAY_ERRORS = (ray.exceptions.RayError, UserCodeException, SystemException, Execu
 """What ends an attempt: a dead worker that did not come back, or an exception in a worker that no guard could take."""
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Where a flow runs.
-
-    Attributes:
-        address: a Ray cluster, or None for one of our own on this machine.
-        cpus: logical CPUs of our own Ray; None takes the machine's, at least two.
-        gpus: GPUs of our own Ray; None lets Ray find them.
-        object_store_bytes: size of our own Ray's object store; None lets Ray choose.
-    """
-
-    address: str | None = None
-    cpus: int | None = None
-    gpus: int | None = None
-    object_store_bytes: int | None = None
-
-
-def start_ray(cluster: Cluster) -> None:
-    """Connect to a cluster, or start a quiet Ray on this machine.
-
-    Raises:
-        ConfigError: no cluster answers at the address.
-    """
-    quiet_ray()
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if cluster.address:
-        options["address"] = cluster.address
-    else:
-        # "local", or RAY_ADDRESS or a Ray that somebody started on this machine would be joined instead. A dashboard
-        # costs seconds of start-up that a batch run never uses.
-        options |= {"address": "local", "include_dashboard": False}
-        options["num_cpus"] = cluster.cpus or max(2, os.cpu_count() or 1)
-        if cluster.gpus is not None:
-            options["num_gpus"] = cluster.gpus
-        if cluster.object_store_bytes:
-            options["object_store_memory"] = cluster.object_store_bytes
-    ours = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except SystemExit as error:
-        # Ray's own answer to SIGTERM, which it takes over while it starts.
-        raise KeyboardInterrupt from error
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        where = cluster.address or "this machine"
-        raise ConfigError(f"Ray does not start on {where}: {one_line(error)}") from error
-    if threading.current_thread() is threading.main_thread():
-        # Ray would go on to end the process with status 15 and no word.
-        signal.signal(signal.SIGTERM, ours)
-
-
-def stop_ray() -> None:
-    """Leave the cluster; a Ray that this process started ends."""
-    ray.shutdown()
-
-
-def quiet_ray() -> None:
-    """Keep Ray's own chatter out of the terminal; it stays in Ray's session logs."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    os.environ.setdefault("RAY_task_oom_retries", "3")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def configure_data(no_progress_seconds: int) -> None:
+def configure_data() -> None:
     """Set the Ray Data options that the flow relies on."""
     context = DataContext.get_current()
     context.target_max_block_size = BLOCK_BYTES
@@ -121,8 +58,9 @@ def configure_data(no_progress_seconds: int) -> None:
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = no_progress_seconds
+    context.execution_no_progress_timeout_s = BLOCK_PATIENCE_SECONDS
     context.actor_init_retry_on_errors = False
+    context.max_consecutive_actor_init_deaths = 0
     for name in ("ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -130,16 +68,6 @@ def configure_data(no_progress_seconds: int) -> None:
 def hold(table: pa.Table) -> Any:
     """Return a reference to `table` in the object store."""
     return ray.put(table)
-
-
-def cluster_cpus() -> float:
-    """Return the logical CPUs of the cluster."""
-    return float(ray.cluster_resources().get("CPU", 1))
-
-
-def cluster_gpus() -> int:
-    """Return the GPUs of the cluster."""
-    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def root_cause(error: BaseException) -> str:
@@ -164,13 +92,16 @@ def root_cause(error: BaseException) -> str:
     return lines[-1].strip()[:500]
 
 
-def run_flow(flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter") -> Iterator[pa.Table]:
+def run_flow(
+    flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter", strikes: Shared | None = None
+) -> Iterator[pa.Table]:
     """Run `flow` over held tables on Ray and yield what its last step returns.
 
     Args:
         flow: heads and trunk.
         inputs: references made by `hold`, for each head; each becomes one block, so one task of the first step.
         meter: receives the counts of every step.
+        strikes: a `pipeline.strikes.Strikes` that counts what ends workers; None: nobody does.
 
     Yields:
         Tables of the last step, as they come.
@@ -178,16 +109,18 @@ def run_flow(flow: Flow, inputs: dict[str, list[Any]], meter: "RayMeter") -> Ite
     Raises:
         ContractError: the steps do not fit together, before any worker starts.
     """
-    configure_data(flow.no_progress_seconds)
+    configure_data()
     used = [name for name, held in inputs.items() if held]
     for name in used:
         check_contract([*flow.heads[name], *flow.trunk], flow.incoming)
     if not used:
         return
+    meter.forget_workers()
     scale = cpu_scale(flow, used, cluster_cpus())
-    heads = [_add_steps(ray.data.from_arrow_refs(inputs[name]), flow.heads[name], meter, scale) for name in used]
+    shared = (meter.handle, code_digest(), strikes)
+    heads = [_add_steps(ray.data.from_arrow_refs(inputs[name]), flow.heads[name], shared, scale) for name in used]
     records = heads[0].union(*heads[1:]) if len(heads) > 1 else heads[0]
-    results = _add_steps(records, flow.trunk, meter, scale)
+    results = _add_steps(records, flow.trunk, shared, scale)
     yield from results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
 
 
@@ -197,12 +130,24 @@ def cpu_scale(flow: Flow, heads: Sequence[str], cpus: float) -> float:
     Pools that together ask for more CPUs than there are wait for each other for ever (seen), so on a small machine
     every worker declares less than it would like.
     """
-    groups = [group for name in heads for group in workers_of(flow.heads[name])] + workers_of(flow.trunk)
-    wanted = sum(group[0].cpus * group[0].workers[0] for group in groups)
+    wanted = sum(group[0].cpus * group[0].workers[0] for group in _groups(flow, heads))
     return min(1.0, 0.95 * cpus / wanted) if wanted else 1.0
 
 
-def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: float) -> Any:
+def pools_of(flow: Flow, heads: Sequence[str]) -> list[Pool]:
+    """Return the pools of workers that a flow runs in, as they are asked for on this cluster."""
+    scale = cpu_scale(flow, heads, cluster_cpus())
+    return [
+        Pool(tuple(step.name for step in group), group[0].workers[0], round(group[0].cpus * scale, 3), group[0].gpus)
+        for group in _groups(flow, heads)
+    ]
+
+
+def _groups(flow: Flow, heads: Sequence[str]) -> list[list[Step]]:
+    return [group for name in heads for group in workers_of(flow.heads[name])] + workers_of(flow.trunk)
+
+
+def _add_steps(dataset: Any, steps: Sequence[Step], shared: tuple[Any, ...], scale: float) -> Any:
     for group in workers_of(steps):
         first = group[0]
         fewest, most = first.workers
@@ -210,7 +155,7 @@ def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: fl
         dataset = _map_batches(
             dataset,
             Worker,
-            fn_constructor_args=(group, meter.handle, code_digest()),
+            fn_constructor_args=(group, *shared),
             batch_format="pyarrow",
             batch_size=first.rows_per_batch,
             zero_copy_batch=True,
@@ -222,6 +167,8 @@ def _add_steps(dataset: Any, steps: Sequence[Step], meter: "RayMeter", scale: fl
             ),
             num_cpus=round(first.cpus * scale, 3),
             num_gpus=first.gpus,
+            # For ever: a worker that may not come back any more leaves Ray Data waiting for it (seen).
+            max_restarts=-1,
             max_task_retries=TASK_RETRIES,
             **options,
         )
@@ -235,53 +182,6 @@ def _map_batches(dataset: Any, worker: type["Worker"], **options: Any) -> Any:
         return dataset.map_batches(worker, **options)
 
 
-class Worker:
-    """The callable that Ray builds in each actor: a chain of operators and its counts."""
-
-    def __init__(self, steps: Sequence[Step], meter: Any, driver_code: str) -> None:
-        if code_digest() != driver_code:
-            raise ContractError("this worker runs other pagereel code than the driver: update the cluster's image")
-        self._reporter = Reporter(meter)
-        self._chain = Chain(steps, self._reporter.add)
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Yield the tables that the chain makes of one batch."""
-        try:
-            yield from self._chain.run(table)
-        except WorkerLostError:
-            # A sticky CUDA fault poisons the process: Ray replaces the actor and runs the batch again.
-            logger.exception("this worker is unusable and ends")
-            sys.stderr.flush()
-            os._exit(17)
-        finally:
-            self._reporter.flush()
-
-
-class Reporter:
-    """Sends a worker's counts to the meter, at most once a second."""
-
-    def __init__(self, meter: Any) -> None:
-        self._meter = meter
-        self._lock = threading.Lock()
-        self._counts: dict[str, StepCount] = {}
-        self._sent = 0.0
-
-    def add(self, name: str, rows_in: int, rows_out: int, seconds: float) -> None:
-        """Count one call of a step."""
-        with self._lock:
-            self._counts.setdefault(name, StepCount()).add(rows_in, rows_out, seconds)
-        if time.monotonic() - self._sent > METER_INTERVAL_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send what has been counted; a lost report costs a number on a display, never a row."""
-        with self._lock:
-            counts, self._counts = self._counts, {}
-            self._sent = time.monotonic()
-        if counts:
-            self._meter.merge.remote(counts)
-
-
 class RayMeter:
     """A `Meter` in a small actor of its own, read from the driver."""
 
@@ -292,6 +192,15 @@ class RayMeter:
         """Return the counts so far."""
         result: dict[str, dict[str, Any]] = ray.get(self.handle.snapshot.remote(), timeout=30)
         return result
+
+    def pulses(self) -> Pulses:
+        """Return the last sign of life of each worker, and its age in seconds."""
+        result: Pulses = ray.get(self.handle.pulses.remote(), timeout=30)
+        return result
+
+    def forget_workers(self) -> None:
+        """Drop the signs of life of workers that are gone."""
+        self.handle.forget_workers.remote()
 
 
 class RayShared:
@@ -320,15 +229,3 @@ class RayShared:
         """End the actor; a cluster that is gone has ended it already."""
         with contextlib.suppress(*RAY_ERRORS, RuntimeError):
             ray.kill(self._handle)
-
-
-@functools.cache
-def code_digest() -> str:
-    """Return a hash of the source of our packages: workers that run other code than the driver are refused."""
-    hasher = hashlib.sha256()
-    root = Path(pipeline.__file__ or "").parent.parent
-    for package in ("schemas", "operators", "pipeline"):
-        for path in sorted((root / package).rglob("*.py")):
-            hasher.update(path.relative_to(root).as_posix().encode())
-            hasher.update(path.read_bytes())
-    return hasher.hexdigest()

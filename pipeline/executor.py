@@ -1,19 +1,31 @@
 """Where a flow runs: on Ray, started only when there is something to do, or as a plain loop."""
 
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
 import pyarrow as pa
 
 from pipeline import local
+from pipeline.last_words import LoneWitness
 from pipeline.metrics import Meter
 from pipeline.shared import LocalShared, Shared
 from pipeline.spec import RunSpec
-from pipeline.step import Flow
-from schemas.errors import ConfigError, ServiceLostError, TransientError
+from pipeline.step import Chain, Flow
+from pipeline.watchdog import Pool, Pulses, unplaced, waits_for
+from schemas.errors import ConfigError, PagereelError, ServiceLostError, TransientError, WorkersBrokenError
 
 ADDRESS_TIMEOUT_SECONDS = 3.0
+
+FINAL: dict[str, type[PagereelError]] = {
+    "ConfigError": ConfigError,
+    "ServiceLostError": ServiceLostError,
+    "WorkersBrokenError": WorkersBrokenError,
+    "WorkerLostError": WorkersBrokenError,
+}
+"""What no further attempt would change, by the name of what a worker raised. A worker that is lost ends its process; as
+an exception that comes only from one that cannot be built, as where the model fails on its first small request."""
 
 
 def check_address(address: str) -> None:
@@ -38,21 +50,43 @@ class Executor(Protocol):
 
     Attributes:
         worker_count: how many operators can work at once.
+        patience_seconds: time without a sign after which the flow that runs is held to be stuck.
     """
 
     worker_count: int
+    patience_seconds: float
 
-    def start(self) -> None:
-        """Take what it needs; calling it again does nothing."""
+    def start(self) -> list[str]:
+        """Take what it needs, and return what a person should know of it; calling it again does nothing."""
 
     def hold(self, table: pa.Table) -> Any:
         """Return a small handle to `table`, which leaves the driver's memory where it can."""
 
-    def run(self, flow: Flow, inputs: dict[str, list[Any]]) -> Iterator[pa.Table]:
-        """Yield what the last step returns for the held tables of each head."""
+    def run(self, flow: Flow, inputs: dict[str, list[Any]], strikes: Shared | None = None) -> Iterator[pa.Table]:
+        """Yield what the last step returns for the held tables of each head.
+
+        Args:
+            flow: heads and trunk.
+            inputs: tables that `hold` holds, by head.
+            strikes: a shared `pipeline.strikes.Strikes` that counts what ends workers; None: nobody does.
+        """
 
     def steps(self) -> dict[str, dict[str, Any]]:
         """Return the counts of each step so far."""
+
+    def signs(self) -> Hashable:
+        """Return what changes as long as workers get on, also inside a batch.
+
+        Raises:
+            GoneError: they are out of reach for good.
+            Exception: they cannot be reached now.
+        """
+
+    def waits_for(self) -> str:
+        """Return in words where the flow stands."""
+
+    def unplaced(self) -> str | None:
+        """Return in words which workers of the flow nobody has started, None where all are there."""
 
     def gpu_count(self) -> int:
         """Return the GPUs there are."""
@@ -65,27 +99,55 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """A plain loop in this process."""
+    """A plain loop in this process.
+
+    Args:
+        run_uri: the run, of which a fault that ends this process is remembered.
+    """
 
     worker_count = 1
+    patience_seconds = math.inf
 
-    def __init__(self) -> None:
+    def __init__(self, run_uri: str = "") -> None:
+        self._run_uri = run_uri
         self._meter = Meter()
+        self._chains: list[Chain] = []
 
-    def start(self) -> None:
+    def start(self) -> list[str]:
         """Nothing to start."""
+        return []
 
     def hold(self, table: pa.Table) -> pa.Table:
         """Return the table itself."""
         return table
 
-    def run(self, flow: Flow, inputs: dict[str, list[Any]]) -> Iterator[pa.Table]:
+    def run(self, flow: Flow, inputs: dict[str, list[Any]], strikes: Shared | None = None) -> Iterator[pa.Table]:
         """Yield what the last step returns."""
-        yield from local.run_flow(flow, dict(inputs), self._meter)
+        self.patience_seconds = flow.no_progress_seconds
+        self._chains = []
+        if strikes is None:
+            yield from local.run_flow(flow, dict(inputs), self._meter, self._chains)
+            return
+        witness = LoneWitness(strikes, self._run_uri)
+        with witness.listening():
+            yield from local.run_flow(flow, dict(inputs), self._meter, self._chains, witness)
 
     def steps(self) -> dict[str, dict[str, Any]]:
         """Return the counts so far."""
         return self._meter.snapshot()
+
+    def signs(self) -> Hashable:
+        """Return what the operators have done."""
+        return tuple(chain.work_done() for chain in self._chains)
+
+    def waits_for(self) -> str:
+        """Return what is in the hands of which operator."""
+        held = [f"{name} has {rows} rows" for chain in self._chains for name, rows in chain.inside().items() if rows]
+        return f"in the plain loop, {', '.join(held) or 'no operator has any rows'}"
+
+    def unplaced(self) -> str | None:
+        """Return None: there is nothing to wait for."""
+        return None
 
     def gpu_count(self) -> int:
         """Return 1: a plain loop has one worker, which takes the device it is told to."""
@@ -105,31 +167,40 @@ class RayExecutor:
     def __init__(self, spec: RunSpec) -> None:
         self._spec = spec
         self._meter: Any = None
+        self._lifelines: Any = None
         self._last_steps: dict[str, dict[str, Any]] = {}
         self._started = False
+        self._pools: list[Pool] = []
         self.worker_count = 1
+        self.patience_seconds = math.inf
 
-    def start(self) -> None:
-        """Start or join Ray.
+    def start(self) -> list[str]:
+        """Start or join Ray, and return what is missing in a cluster that was joined.
 
         Raises:
             ConfigError: no cluster answers, or Ray does not start here.
         """
         if self._started:
-            return
-        from pipeline import connect
+            return []
+        from pipeline import cluster, connect
 
         spec = self._spec
-        connect.start_ray(
-            connect.Cluster(
+        cluster.start_ray(
+            cluster.Cluster(
                 address=spec.address,
                 gpus=spec.gpus,
                 object_store_bytes=spec.object_store_mb * 2**20 if spec.object_store_mb else None,
             )
         )
+        self._lifelines = cluster.lifelines(is_ours=not spec.address)
         self._meter = connect.RayMeter()
-        self.worker_count = spec.workers or max(1, int(connect.cluster_cpus()))
+        self.worker_count = spec.workers or max(1, int(cluster.cluster_cpus()))
         self._started = True
+        unset = cluster.unset_on_nodes() if spec.address else {}
+        if not unset:
+            return []
+        told = ", ".join(f"{name}={cluster.RAYLET_SETTINGS[name]} (not set on {unset[name]})" for name in unset)
+        return [f"nodes of the cluster should be started with {told}: a worker that lacks memory is ended too late"]
 
     def hold(self, table: pa.Table) -> Any:
         """Return a reference to the table in the object store."""
@@ -137,27 +208,26 @@ class RayExecutor:
 
         return connect.hold(table)
 
-    def run(self, flow: Flow, inputs: dict[str, list[Any]]) -> Iterator[pa.Table]:
+    def run(self, flow: Flow, inputs: dict[str, list[Any]], strikes: Shared | None = None) -> Iterator[pa.Table]:
         """Yield what the last step returns.
 
         Raises:
             ConfigError: a worker cannot be built as the spec wants it.
             ServiceLostError: a server that rows wait for is gone.
+            WorkersBrokenError: workers die whatever they are given, or fail as soon as they are built.
             TransientError: Ray gave up; another attempt over what is still owed may succeed.
         """
         from pipeline import connect
 
+        self.patience_seconds = flow.no_progress_seconds
+        self._pools = connect.pools_of(flow, [name for name, held in inputs.items() if held])
         try:
-            yield from connect.run_flow(flow, inputs, self._meter)
+            yield from connect.run_flow(flow, inputs, self._meter, strikes)
         except connect.RAY_ERRORS as error:
             cause = connect.root_cause(error)
             name, _, message = cause.partition(": ")
-            if name.rpartition(".")[2] == ServiceLostError.__name__:
-                raise ServiceLostError(message) from error
-            if name.rpartition(".")[2] == ConfigError.__name__:
-                # A worker that cannot be built, as for weights that do not load, will not be at the next attempt.
-                raise ConfigError(message) from error
-            raise TransientError(cause) from error
+            final = FINAL.get(name.rpartition(".")[2])
+            raise (final(message) if final else TransientError(cause)) from error
 
     def steps(self) -> dict[str, dict[str, Any]]:
         """Return the counts so far; the last ones once Ray is gone."""
@@ -166,11 +236,37 @@ class RayExecutor:
             self._last_steps = meter.snapshot()
         return self._last_steps
 
+    def signs(self) -> Hashable:
+        """Return what the workers have done; None before Ray is there, and while it is left."""
+        meter = self._meter
+        if meter is None:
+            return None
+        try:
+            self._lifelines.check()
+        except OSError:
+            if self._meter is None:
+                return None
+            raise
+        pulses: Pulses = meter.pulses()
+        return frozenset((worker, pulse.is_built, pulse.work) for worker, (_, pulse) in pulses.items())
+
+    def waits_for(self) -> str:
+        """Return in words where the flow stands."""
+        from pipeline import cluster
+
+        return waits_for(self._pools, self.steps(), self._meter.pulses(), cluster.cluster_room())
+
+    def unplaced(self) -> str | None:
+        """Return in words which workers the cluster has not started."""
+        from pipeline import cluster
+
+        return unplaced(self._pools, self._meter.pulses(), cluster.cluster_room())
+
     def gpu_count(self) -> int:
         """Return the GPUs of the cluster."""
-        from pipeline import connect
+        from pipeline import cluster
 
-        return connect.cluster_gpus()
+        return cluster.cluster_gpus()
 
     def share(self, kind: type[Any], *arguments: Any) -> Shared:
         """Build the object in a small actor of its own; it is built again, and remembers nothing, where that dies."""
@@ -181,8 +277,9 @@ class RayExecutor:
     def close(self) -> None:
         """Leave Ray."""
         if self._started:
-            from pipeline import connect
+            from pipeline import cluster
 
+            # First, so that nobody takes the end of Ray for its loss.
             self._meter = None
-            connect.stop_ray()
+            cluster.stop_ray()
             self._started = False

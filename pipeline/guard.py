@@ -6,7 +6,7 @@ on one row must not end a night's run; one that shows on every row must, because
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -67,25 +67,38 @@ class Guard:
         if len(self._strikes) > MOST_STRIKES:
             raise failure
         logger.warning("%s failed on one row: %r", type(self.operator).__name__, failure)
-        yield self._error_rows(table, made, failure)
+        yield error_rows(self.operator, table, made, [_surprise(self.operator, failure)])
 
     def _guardable(self, table: pa.Table) -> bool:
         return "error" in table.schema.names and "error" in self.operator.outgoing(table.schema).names
 
-    def _error_rows(self, table: pa.Table, made: int, failure: Exception) -> pa.Table:
-        name = type(self.operator).__name__
-        trace = "".join(traceback.format_exception(failure))[-8000:]
-        wrapped = RecordError(f"{name}: {failure}", code="internal", stage="postprocess")
-        wrapped.__cause__ = failure
-        error = error_struct(wrapped, name, trace)
-        wanted = self.operator.outgoing(table.schema)
-        rows = []
-        for row in table.to_pylist():
-            if self.operator.expands:
-                rows += unit_error_rows(row, made, error)
-            else:
-                rows.append({key: value for key, value in row.items() if key in wanted.names} | {"error": error})
-        return rows_to_table(rows, wanted)
+
+def _surprise(operator: Operator[Any], failure: Exception) -> dict[str, Any]:
+    """Return what nobody foresaw as a value of the ERROR struct."""
+    name = type(operator).__name__
+    trace = "".join(traceback.format_exception(failure))[-8000:]
+    wrapped = RecordError(f"{name}: {failure}", code="internal", stage="postprocess")
+    wrapped.__cause__ = failure
+    return error_struct(wrapped, name, trace)
+
+
+def error_rows(operator: Operator[Any], table: pa.Table, done: int, errors: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return what leaves `operator` for rows that it does not take.
+
+    Args:
+        operator: one that is guarded.
+        table: the rows.
+        done: records of a unit that came out before.
+        errors: a value of the ERROR struct for each row.
+    """
+    wanted = operator.outgoing(table.schema)
+    rows = []
+    for row, error in zip(table.to_pylist(), errors, strict=True):
+        if operator.expands:
+            rows += unit_error_rows(row, done, error)
+        else:
+            rows.append({key: value for key, value in row.items() if key in wanted.names} | {"error": error})
+    return rows_to_table(rows, wanted)
 
 
 def unit_error_rows(unit: dict[str, Any], done: int, error: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,11 +1,15 @@
-"""Rows and seconds of each step, counted where the work is done and added up in one place."""
+"""Rows and seconds of each step, counted where the work is done and added up in one place; signs of life of workers."""
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 METER_INTERVAL_SECONDS = 1.0
+
+PULSE_SECONDS = 10.0
+"""Time between two signs of life of a worker."""
 
 
 @dataclass
@@ -32,12 +36,32 @@ class StepCount:
         self.batches += batches
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """A sign of life of one worker.
+
+    Attributes:
+        steps: names of its operators.
+        node: where it is.
+        is_built: False while its operators are made.
+        work: grows as long as it gets on, also inside a call.
+        inside: rows that each operator has in hand.
+    """
+
+    steps: tuple[str, ...]
+    node: str
+    is_built: bool
+    work: int
+    inside: Mapping[str, int]
+
+
 class Meter:
     """Counts by step name; safe to share between threads. Runs in the driver, or as a small Ray actor."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, StepCount] = {}
+        self._pulses: dict[str, tuple[float, Pulse]] = {}
 
     def add(self, name: str, rows_in: int, rows_out: int, seconds: float) -> None:
         """Add one call of a step."""
@@ -56,3 +80,19 @@ class Meter:
         """Return the counts as plain values."""
         with self._lock:
             return {name: dict(vars(count)) for name, count in self._counts.items()}
+
+    def pulse(self, worker: str, pulse: Pulse) -> None:
+        """Take a worker's sign of life."""
+        with self._lock:
+            self._pulses[worker] = (time.monotonic(), pulse)
+
+    def pulses(self) -> dict[str, tuple[float, Pulse]]:
+        """Return the last sign of life of each worker, and how many seconds old it is."""
+        now = time.monotonic()
+        with self._lock:
+            return {worker: (now - at, pulse) for worker, (at, pulse) in self._pulses.items()}
+
+    def forget_workers(self) -> None:
+        """Drop the signs of life: other workers are about to start."""
+        with self._lock:
+            self._pulses.clear()

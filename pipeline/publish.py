@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from operators.base import rows_to_table
+from pipeline.addresses import named_input
 from pipeline.commits import Clock, utc_now
 from pipeline.committed import CommittedRecords
 from pipeline.documents import DocumentTally
@@ -290,7 +291,7 @@ def _plan_error_row(unit: dict[str, Any], repro_template: str) -> dict[str, Any]
         "task": unit["task"],
         "recovered": False,
         "quarantined": False,
-        "repro_command": repro_command(repro_template, unit["source_uri"], None),
+        "repro_command": repro_command(repro_template, named_input(unit["source_uri"], unit["source_ref"]), None),
     }
 
 

@@ -1,12 +1,14 @@
 """RECORD rows to rows of the output tables: pure functions, no storage."""
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
+from pipeline.addresses import named_input
+from pipeline.shell import shell_word
+from pipeline.strikes import MOST_DEATHS
 from schemas.errors import ContractError
 from schemas.ids import block_id, digest, page_id, segment_id
 from schemas.tables import ERRORS, PAGES, VIDEO_SEGMENTS
@@ -14,6 +16,8 @@ from schemas.vocabulary import FURNITURE_LABELS, QUIET_STATUSES
 
 FAILED_STATUSES: Final = ("failure", "truncated", "repetition")
 """Statuses that an `error` may end a row with; any other becomes `failure`."""
+
+WORKER_DIED: Final = "worker_died"
 
 REPRO_TEMPLATE: Final = "pagereel ocr {source} {part} -o repro"
 
@@ -140,6 +144,7 @@ def error_rows(record: Mapping[str, Any], context: RowContext) -> Iterator[dict[
     shared.pop("segment_index", None)
     if is_video(record):
         shared["doc_id"] = None
+    named = named_input(record["source_uri"], record.get("source_ref"))
     for position, (recovered, failure) in enumerate(failures):
         yield {
             **shared,
@@ -148,10 +153,17 @@ def error_rows(record: Mapping[str, Any], context: RowContext) -> Iterator[dict[
             "created_at": context.created_at,
             "error_id": digest(record["record_key"], position)[:32],
             "recovered": recovered,
-            "max_attempts": None if failure["attempt"] is None else context.max_attempts,
-            "quarantined": failure["error_code"] == "worker_died",
-            "repro_command": repro_command(context.repro_template, record["source_uri"], record["page_number"]),
+            "max_attempts": most_attempts(failure, context),
+            "quarantined": failure["error_code"] == WORKER_DIED,
+            "repro_command": repro_command(context.repro_template, named, record["page_number"]),
         }
+
+
+def most_attempts(failure: Mapping[str, Any], context: RowContext) -> int | None:
+    """Return how often a record may be tried that failed so: deaths of its worker, or answers of the model."""
+    if failure["attempt"] is None:
+        return None
+    return MOST_DEATHS if failure["error_code"] == WORKER_DIED else context.max_attempts
 
 
 def section_paths(blocks: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> list[list[str] | None]:
@@ -183,10 +195,11 @@ def norm1000(bbox: Sequence[float] | None, width_pt: float | None, height_pt: fl
     return [min(1000, max(0, round(1000 * value / side))) for value, side in zip(bbox, sides, strict=True)]
 
 
-def repro_command(template: str, source_uri: str, page_number: int | None) -> str:
-    """Return the command that shows one failure again, as one line for a shell."""
-    part = "" if page_number is None else f"--pages {page_number}"
-    return " ".join(template.format(source=shlex.quote(source_uri), part=part).split())
+def repro_command(template: str, source: str, page_number: int | None) -> str:
+    """Return the command that shows one failure again, as one line for a shell; `source` as `named_input` names it."""
+    if page_number is None:
+        template = template.replace(" {part}", "")
+    return template.format(source=shell_word(source), part=f"--pages {page_number}")
 
 
 def _matching(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

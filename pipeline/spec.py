@@ -1,11 +1,11 @@
 """What a run was asked to do: every option of the command line, of a job file and of the Python call."""
 
-import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from pipeline.addresses import stored_uri
+from pipeline.shell import shell_word
 from schemas.errors import ConfigError
 
 Task = Literal["ocr", "parse", "caption"]
@@ -248,7 +248,7 @@ class RunSpec(BaseModel):
             for name, value in self.model_dump(mode="json").items()
             if name not in (*HOW_ONLY, "task") and value is not None and value != type(self).model_fields[name].default
         ]
-        server = [f"--endpoint {shlex.quote(stored_uri(self.endpoint))}"] if self.endpoint else []
+        server = [f"--endpoint {shell_word(stored_uri(self.endpoint))}"] if self.endpoint else []
         password = ["--password ..."] if self.password else []
         text = " ".join(part.replace("{", "{{").replace("}", "}}") for part in [*options, *server, *password])
         return f"pagereel {self.task} {{source}} {{part}} -o repro{' ' + text if text else ''}"
@@ -268,7 +268,7 @@ def option_text(name: str, value: Any) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {shlex.quote(str(value))}"
+    return f"--{flag} {shell_word(str(value))}"
 
 
 def make_spec(options: dict[str, Any]) -> RunSpec:

@@ -1,5 +1,6 @@
 """A step of a flow: an operator, its options, and what its workers need."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from operators.base import Operator, OperatorConfig, require_columns
-from pipeline.guard import guarded
+from pipeline.quarantine import watched
+from pipeline.witness import Witness
 from schemas.errors import ContractError
 from schemas.source import UNIT
 
@@ -56,7 +58,7 @@ class Flow:
         heads: steps for units, keyed by head name (`documents`, `videos`).
         trunk: steps for the records that every head produces.
         incoming: schema of what the heads start from.
-        no_progress_seconds: time without a finished block after which the flow is held to be stuck.
+        no_progress_seconds: time without a sign of life of any worker after which the flow is held to be stuck.
     """
 
     heads: dict[str, list[Step]]
@@ -102,13 +104,26 @@ class Chain:
     Args:
         steps: the group that shares the worker.
         report: receives rows and seconds of each operator; excludes the time of the operators below it.
+        witness: counts what ends the worker; None where nobody does.
     """
 
-    def __init__(self, steps: Sequence[Step], report: Report) -> None:
+    def __init__(self, steps: Sequence[Step], report: Report, witness: Witness | None = None) -> None:
         self.names = [step.name for step in steps]
         self.operators = [step.operator(step.config) for step in steps]
-        self.guards = [guarded(operator) for operator in self.operators]
+        self.guards = [watched(operator, witness) for operator in self.operators]
         self.report = report
+        self._lock = threading.Lock()
+        self._made = 0
+        self._inside = dict.fromkeys(self.names, 0)
+
+    def work_done(self) -> int:
+        """Return a count that grows as long as the chain gets on."""
+        return self._made + sum(operator.work_done() for operator in self.operators)
+
+    def inside(self) -> dict[str, int]:
+        """Return the rows that each operator has in hand."""
+        with self._lock:
+            return dict(self._inside)
 
     def run(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield the tables that come out of the last operator for `table`."""
@@ -118,14 +133,24 @@ class Chain:
         if position == len(self.guards):
             yield table
             return
+        name = self.names[position]
         rows_out, seconds, started = 0, 0.0, time.perf_counter()
-        for produced in self.guards[position].run(table):
-            seconds += time.perf_counter() - started
-            rows_out += produced.num_rows
-            yield from self._run_from(position + 1, produced)
-            started = time.perf_counter()
+        self._hold(name, table.num_rows)
+        try:
+            for produced in self.guards[position].run(table):
+                seconds += time.perf_counter() - started
+                rows_out += produced.num_rows
+                self._made += 1
+                yield from self._run_from(position + 1, produced)
+                started = time.perf_counter()
+        finally:
+            self._hold(name, -table.num_rows)
         seconds += time.perf_counter() - started
-        self.report(self.names[position], table.num_rows, rows_out, seconds)
+        self.report(name, table.num_rows, rows_out, seconds)
+
+    def _hold(self, name: str, rows: int) -> None:
+        with self._lock:
+            self._inside[name] += rows
 
     def close(self) -> None:
         """Close every operator."""

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from operators.probe import ProbeConfig
+from pipeline.addresses import named_input
 from pipeline.committed import Outcome
 from pipeline.known_sources import KnownSources
 from pipeline.ledger import Ledger
@@ -149,7 +150,7 @@ class Copier:
         changes["ledger_hit"] = [True] * len(places)
         if name == "errors":
             changes["repro_command"] = [
-                repro_command(self._repro_template, place["source_uri"], number)
+                repro_command(self._repro_template, named_input(place["source_uri"], place["source_ref"]), number)
                 for place, number in zip(places, table["page_number"].to_pylist(), strict=True)
             ]
         for column, values in changes.items():

@@ -36,7 +36,7 @@ import pyarrow as pa
 from operators.base import Operator, OperatorConfig, rows_to_table
 from operators.decode.documents import DecodeDocuments
 from operators.prepare import PrepareImages
-from pipeline import connect
+from pipeline import cluster, connect
 from pipeline.metrics import Meter
 from pipeline.step import Flow, Step
 from schemas.source import UNIT
@@ -58,7 +58,7 @@ class DieOnce(Operator[Config]):
         rows = [{"unit_id": i, "pid": os.getpid(), "has_torch": "torch" in sys.modules} for i in ids]
         return rows_to_table(rows, SEEN)
 
-connect.start_ray(connect.Cluster(cpus=2, object_store_bytes=200 * 2**20))
+cluster.start_ray(cluster.Cluster(cpus=2, object_store_bytes=200 * 2**20))
 units = [connect.hold(rows_to_table([{"unit_id": f"u{n}"}], UNIT)) for n in range(8)]
 flow = Flow(heads={"documents": [Step(DieOnce, Config(folder=sys.argv[1]), rows_per_batch=1)]})
 ids, pids, torch = [], set(), set()
@@ -66,7 +66,7 @@ for table in connect.run_flow(flow, {"documents": units}, connect.RayMeter()):
     ids += table["unit_id"].to_pylist()
     pids |= set(table["pid"].to_pylist())
     torch |= set(table["has_torch"].to_pylist())
-connect.stop_ray()
+cluster.stop_ray()
 print(sorted(ids), len(pids), torch)
 """
 
