@@ -2,13 +2,15 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos bench serve-env clean
+.PHONY: help demo test check chaos cluster bench serve-env clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 SERVE := .venv-serve
 DEMO := demo-run
 BENCH ?= end_to_end
+SCHEDULES ?= 20
+FIRST_SEED ?= 0
 # Test files run side by side; each worker is one thread wide, or they would wait for each other.
 WORKERS ?= $(shell n=$$(nproc); echo $$(( n < 4 ? n : 4 )))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -64,8 +66,12 @@ test: check ## The checks, then the tests, a file a core: make test WORKERS=1 ru
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # pytest ends with 5 when it selected no test.
-chaos: $(VENV)/.done-dev ## Heavy kill-and-resume runs.
+chaos: $(VENV)/.done-dev ## Kills of larger runs, then random faults by seed: make chaos SCHEDULES=200. Needs root.
 	$(BIN)/pytest -m chaos || test $$? = 5
+	$(BIN)/python -m tests.chaos --schedules $(SCHEDULES) --first-seed $(FIRST_SEED)
+
+cluster: $(VENV)/.done-dev ## Runs on three hosts in network namespaces, which die or are cut off. Needs root and iproute2.
+	$(BIN)/pytest -m cluster
 
 bench: $(VENV)/.done-dev ## A benchmark of jobs/bench: make bench BENCH=end_to_end.
 	$(BIN)/python -m jobs bench $(BENCH)

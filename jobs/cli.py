@@ -13,7 +13,7 @@ from jobs.display import JsonDisplay, LiveDisplay, PlainDisplay
 from jobs.ledger import app as ledger_app
 from jobs.options import command
 from jobs.spec import load_spec
-from jobs.terminal import own_terminal
+from jobs.terminal import VisibleFormatter, own_terminal, visible, visible_lines
 from pipeline.spec import RunSpec, Task, make_spec
 from schemas.errors import ConfigError, PagereelError
 
@@ -179,12 +179,14 @@ def _display(
 
 
 def _say(message: str) -> None:
-    sys.stderr.write(f"pagereel: {message}\n")
+    sys.stderr.write(f"pagereel: {visible(message)}\n")
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("ray", "ray.data", "transformers", "fsspec", "s3fs", "botocore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # An orderly end, as by Ctrl-C: a scheduler that takes the machine back sends this first.
@@ -213,7 +215,7 @@ def main() -> None:
     except BrokenPipeError:
         status = EXIT_DONE
     except Exception as error:  # noqa: BLE001
-        traceback.print_exc()
+        sys.stderr.write(visible_lines(traceback.format_exc()))
         _say(f"a defect ended the run ({type(error).__name__}, see above); the same command resumes")
         status = EXIT_INCOMPLETE
     sys.exit(status)

@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jobs.terminal import visible
 from pipeline.progress import Progress
 
 PLAIN_INTERVAL_SECONDS = 10.0
@@ -98,7 +99,7 @@ class PlainDisplay:
     def note(self, message: str) -> None:
         """Write a note."""
         if not self._quiet:
-            self._stream.write(f"pagereel: {message}\n")
+            self._stream.write(f"pagereel: {visible(message)}\n")
             self._stream.flush()
 
     def progress(self, progress: Progress) -> None:
@@ -121,7 +122,7 @@ class LiveDisplay:
 
     def note(self, message: str) -> None:
         """Print a note above the live part."""
-        self._live.console.print(f"pagereel: {message}", highlight=False, markup=False)
+        self._live.console.print(f"pagereel: {visible(message)}", highlight=False, markup=False)
 
     def progress(self, progress: Progress) -> None:
         """Repaint."""

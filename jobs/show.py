@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from jobs.terminal import visible
 from pipeline.publish import Manifest, published_tables, read_manifest
 from pipeline.storage import Storage
 from schemas.errors import ConfigError
@@ -70,6 +71,11 @@ def _first(
             return
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """Return the name of a row's file, as a terminal may show it."""
+    return visible(PurePosixPath(row["source_uri"] or "?").name)
+
+
 def _block_labels(storage: Storage, manifest: Manifest) -> dict[str, Counter[str]]:
     labels: dict[str, Counter[str]] = {}
     for table in published_tables(storage, manifest, "blocks", ["page_id", "label"]):
@@ -82,11 +88,9 @@ def _show_page(console: Console, row: dict[str, Any], blocks: Counter[str] | Non
     if "more" in row:
         console.print(Text(f"... and {row['more']} more pages", style="dim"))
         return
-    head = Text(
-        f"{PurePosixPath(row['source_uri']).name} page {row['page_number']}/{row['page_count']}  ", style="bold"
-    )
+    head = Text(f"{name_of(row)} page {row['page_number']}/{row['page_count']}  ", style="bold")
     head.append(row["status"], style=STATUS_STYLES.get(row["status"], "red"))
-    head.append(f"  {row['route']}: {row['route_reason']}" if row["route"] else "", style="dim")
+    head.append(visible(f"  {row['route']}: {row['route_reason']}") if row["route"] else "", style="dim")
     if row["rotation"] or row["skew_degrees"]:
         head.append(f"  turned {row['rotation']}, skew {row['skew_degrees'] or 0:.1f}", style="dim")
     console.print(head)
@@ -101,7 +105,7 @@ def _show_segment(console: Console, row: dict[str, Any], chars: int) -> None:
     if "more" in row:
         console.print(Text(f"... and {row['more']} more segments", style="dim"))
         return
-    head = Text(f"{PurePosixPath(row['source_uri']).name} ", style="bold")
+    head = Text(f"{name_of(row)} ", style="bold")
     head.append(f"{row['start_seconds']:.1f}-{row['stop_seconds']:.1f} s, {row['frame_count'] or 0} frames  ")
     head.append(row["status"], style=STATUS_STYLES.get(row["status"], "red"))
     console.print(head)
@@ -116,7 +120,7 @@ def _show_text(console: Console, row: dict[str, Any], text: str | None, chars: i
         shown, mark = row["raw_output"], mark + "[not accepted] "
     words = " ".join(shown.split())
     if words or mark:
-        console.print(Text(f"  {mark}{words[:chars]}{'...' if len(words) > chars else ''}"))
+        console.print(Text(f"  {mark}{visible(words[:chars])}{'...' if len(words) > chars else ''}"))
 
 
 def _show_error(console: Console, row: dict[str, Any]) -> None:
@@ -125,8 +129,7 @@ def _show_error(console: Console, row: dict[str, Any]) -> None:
         return
     page = f" page {row['page_number']}" if row["page_number"] else ""
     kind = "survived" if row["recovered"] else "error"
-    head = Text(
-        f"{kind}: {PurePosixPath(row['source_uri'] or '?').name}{page}  ", style="yellow" if row["recovered"] else "red"
-    )
-    head.append(f"{row['error_category']}/{row['error_code']}: {' '.join(row['message'].split())[:200]}")
+    head = Text(f"{kind}: {name_of(row)}{page}  ", style="yellow" if row["recovered"] else "red")
+    message = visible(" ".join(row["message"].split())[:200])
+    head.append(f"{row['error_category']}/{row['error_code']}: {message}")
     console.print(head)

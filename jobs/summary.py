@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.display import duration
+from jobs.terminal import visible
 from pipeline.accounting import Accounting
 from pipeline.preview import PlanReport
 from pipeline.summary import RunSummary
@@ -53,8 +54,9 @@ def print_summary(summary: RunSummary) -> None:
     console.print(table)
     console.print(Text(_identity(summary), style="green" if summary.complete else "bold red"))
     for problem in summary.problems:
-        console.print(Text(f"problem: {problem}", style="red"))
-    console.print(Text(f"tables: {summary.output}/{{pages,blocks,video_segments,documents,errors,runs}}/*.parquet"))
+        console.print(Text(f"problem: {visible(problem)}", style="red"))
+    tables = "{pages,blocks,video_segments,documents,errors,runs}/*.parquet"
+    console.print(Text(f"tables: {visible(summary.output)}/{tables}"))
     if summary.weights_kind == "demo_random":
         console.print(
             Text("The model of this run has random weights: what it wrote means nothing (raw_output, captions).")
@@ -108,7 +110,7 @@ def print_status(accounting: Accounting, run: str, *, as_json: bool) -> None:
         return
     table = _grid()
     for name, value in accounting.table():
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(visible(value)))
     _console().print(table)
 
 

@@ -1,14 +1,53 @@
-"""The terminal belongs to pagereel: what native libraries and Ray's processes say goes to a log file."""
+"""The terminal belongs to pagereel: what native libraries and Ray's processes say goes to a log file.
+
+Nothing that a file name, a page or a model says can steer it.
+"""
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from schemas.errors import ConfigError
+
+STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Categories of characters that move the cursor, colour, end a line, turn the direction of writing, or stand for no
+character at all."""
+HARMLESS = "\u200c\u200d\u200e\u200f\u00ad"
+"""Of those, what words of some languages are spelled with: joiners, direction marks, soft hyphens."""
+
+
+def visible(text: str) -> str:
+    """Return `text` as one line that no terminal obeys: what would steer one is written as its code."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        c if unicodedata.category(c) not in STEERING or c in HARMLESS else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def visible_lines(text: str) -> str:
+    """Return `text` with each of its lines made visible."""
+    return "\n".join(visible(line) for line in text.split("\n"))
+
+
+class VisibleFormatter(logging.Formatter):
+    """Writes one line a record, whatever its values hold, and the lines of a traceback below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """Return the line of a record."""
+        record.message = visible(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """Return the traceback of a record."""
+        return visible_lines(super().formatException(ei))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Sources to units: what each file is, how much it holds, and which records it owes."""
 
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
@@ -9,16 +10,19 @@ import pyarrow as pa
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, rows_to_table
-from operators.decode.box import BoxLimits, DecoderBox
+from operators.decode.box import DecoderBox, was_ended_from_outside
+from operators.decode.process import BoxLimits
 from operators.decode.sniff import Sniffed, sniff
-from operators.fetch import FetchConfig, local_copy, sha256_of
-from schemas.errors import ConfigError, DecodeError, RecordError, error_struct
+from operators.fetch import FetchConfig, KeptCopy, sha256_of
+from schemas.errors import ConfigError, ContractError, DecodeError, PagereelError, RecordError, error_struct
 from schemas.ids import canonical_json, digest, record_key
 from schemas.source import SOURCE, SOURCE_FACTS, UNIT
 
 COMPONENT: Final = "ProbeSources"
 UNIT_ID_CHARS: Final = 32
 SPARSE_FRAMES: Final = 16
+MOST_STRIKES: Final = 3
+"""Sources one after the other that may fail in a way that nobody foresaw, before the operator is held to be broken."""
 SOURCE_COLUMNS: Final = ("source_index", "source_uri", "source_ref", "password")
 
 
@@ -34,6 +38,9 @@ class ProbeConfig(OperatorConfig):
     max_pages: Annotated[int, Field(ge=1, description="A document with more pages is too_many_pages.")] = 20_000
     max_segments: Annotated[int, Field(ge=1, description="A video with more segments is too_long.")] = 20_000
     probe_timeout_seconds: Annotated[float, Field(gt=0, description="Time to open and probe one file.")] = 60.0
+    outside_kills: Annotated[
+        int, Field(ge=0, description="How often a probe is begun again because its decoder was ended from outside.")
+    ] = 3
     box: BoxLimits = BoxLimits()
     fetch: FetchConfig = FetchConfig()
 
@@ -67,30 +74,62 @@ class ProbeSources(Operator[ProbeConfig]):
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__(config)
         self.box = DecoderBox(config.box)
+        self._strikes = 0
+        self.copy = KeptCopy(config.fetch)
+        self._last: tuple[str | None, dict[str, Any]] = (None, {})
 
     def stream(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield the units of one source after the other."""
         for source in table.to_pylist():
-            yield rows_to_table(self._units(source), UNIT)
+            yield self._unit_table(source)
 
     def close(self) -> None:
-        """End the decoder process."""
+        """End the decoder process, and remove the copy of the last source."""
         self.box.close()
+        self.copy.close()
+
+    def _unit_table(self, source: dict[str, Any]) -> pa.Table:
+        """Return the units of one source; what nobody foresaw is its error, unless it is met at every source."""
+        try:
+            table = rows_to_table(self._units(source), UNIT)
+            self._strikes = 0
+            return table
+        except PagereelError:
+            raise
+        # One odd file must not end the planning of a night's run.
+        except Exception as error:
+            self._strikes += 1
+            if self._strikes > MOST_STRIKES:
+                raise
+            unit = {name: source[name] for name in SOURCE_COLUMNS} | {"task": self.config.task}
+            return rows_to_table([failed_unit(unit, source, unforeseen(error))], UNIT)
 
     def _units(self, source: dict[str, Any]) -> list[dict[str, Any]]:
         unit = {name: source[name] for name in SOURCE_COLUMNS} | {"task": self.config.task}
         if source["error"] is not None:
             return [failed_unit(unit, source, source["error"])]
         try:
-            with local_copy(source["source_uri"], source["source_ref"], self.config.fetch) as path:
-                unit["doc_id"] = sha256_of(path)
-                found = sniff(path, name_of(source))
-                unit |= {"kind": found.kind, "mime_type": found.mime_type}
-                unit |= self._facts(found, path, source["password"])
+            unit |= self._bytes(source, unit)
             return cut_units(unit, owed_parts(unit, source, self.config), self.config)
         except RecordError as error:
             notes = getattr(error, "__notes__", [])
             return [failed_unit(unit, source, error_struct(error, COMPONENT, notes[0] if notes else None))]
+
+    def _bytes(self, source: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
+        """Return what the bytes of a source are; a manifest may name a thousand pages of one file in a row."""
+        seen = ("source_uri", "source_ref", "size_bytes", "version_tag", "password")
+        state = canonical_json([source[name] for name in seen]) if source["version_tag"] else None
+        if state is not None and state == self._last[0]:
+            return self._last[1]
+        path = self.copy.path_of(source["source_uri"], source["source_ref"], None)
+        # What is found first stays with the unit when the rest cannot be.
+        unit["doc_id"] = sha256_of(path)
+        found = sniff(path, name_of(source))
+        unit |= {"kind": found.kind, "mime_type": found.mime_type}
+        facts = {name: unit[name] for name in ("doc_id", "kind", "mime_type")}
+        facts |= self._facts(found, path, source["password"])
+        self._last = (state, facts)
+        return facts
 
     def _facts(self, found: Sniffed, path: Path, password: str | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {"path": str(path)}
@@ -98,10 +137,22 @@ class ProbeSources(Operator[ProbeConfig]):
             arguments["limits"] = {"max_duration_seconds": self.config.max_segments * self.config.segment_seconds}
         else:
             arguments |= {"password": password, "max_pages": self.config.max_pages}
-        facts: dict[str, Any] = self.box.call(
-            f"operators.decode.{found.kind}:probe", arguments, timeout_seconds=self.config.probe_timeout_seconds
-        )
-        return facts
+        function, limit_seconds = f"operators.decode.{found.kind}:probe", self.config.probe_timeout_seconds
+        for left in reversed(range(self.config.outside_kills + 1)):
+            try:
+                facts: dict[str, Any] = self.box.call(function, arguments, timeout_seconds=limit_seconds)
+                return facts
+            except RecordError as error:
+                if not was_ended_from_outside(error) or not left:
+                    raise
+        raise ContractError("a probe neither returned nor failed")
+
+
+def unforeseen(error: Exception) -> dict[str, Any]:
+    """Return an exception that no step translated as a value of the `ERROR` struct, with its traceback."""
+    failure = DecodeError(f"probe: {type(error).__name__}: {error}", code="internal")
+    failure.__cause__ = error
+    return error_struct(failure, COMPONENT, "".join(traceback.format_exception(error))[-8000:])
 
 
 def name_of(source: dict[str, Any]) -> str:

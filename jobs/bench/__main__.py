@@ -127,6 +127,46 @@ def run_structured(
     save_result(result, save)
 
 
+@app.command("isolation")
+def run_isolation(
+    files: Annotated[list[Path] | None, typer.Argument(help="Files; the shipped samples by default.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed calls a side and unit.")] = 9,
+    save: Result = None,
+) -> None:
+    """Decoders in a process of their own against the same decoders called in process."""
+    from jobs.bench import isolation
+
+    result = isolation.measure(files or sorted(isolation.SAMPLES.glob("*/*.*")), repeat)
+    isolation.print_result(result)
+    save_result(result, save)
+
+
+@app.command("nightly")
+def run_nightly(
+    sources: Annotated[int, typer.Option(min=1, help="Documents of one page.")] = 10_000,
+    scans: Annotated[int, typer.Option(min=0, help="How many of them a model must read.")] = 8,
+    save: Result = None,
+) -> None:
+    """The same corpus a second night, with the ledger of the first."""
+    from jobs.bench import nightly
+
+    result = nightly.measure_nights(sources, scans)
+    nightly.print_nights(result)
+    save_result(result, save)
+
+
+@app.command("manifest")
+def run_manifest(
+    entries: Annotated[int, typer.Option(min=1, help="Entries of the manifest.")] = 1_000_000, save: Result = None
+) -> None:
+    """A manifest of a million entries, planned: seconds, and the memory of the driver."""
+    from jobs.bench import nightly
+
+    result = nightly.measure_manifest(entries)
+    nightly.print_manifest(result)
+    save_result(result, save)
+
+
 def save_result(result: dict[str, Any], path: Path | None) -> None:
     """Write a result where it is asked for."""
     if path is None:

@@ -1,60 +1,28 @@
 """The process in which foreign bytes are decoded: serves one call after another over a pipe, and never imports Ray.
 
-Run as ``python -m operators.decode.child FD LIMITS_JSON`` by `operators.decode.box`. For each call it imports the
-named generator function, runs it, and sends each item on. The messages are::
+Run as ``python -m operators.decode.child FD PARENT_PID LIMITS_JSON`` by `operators.decode.process`. For each call it
+imports the named generator function, runs it, and sends each item on. The messages are::
 
     parent -> child   (function, arguments, first_timeout_seconds, next_timeout_seconds)
     child -> parent   ("started", None)  ("item", value)...  then one of  ("end", usage)  ("error", fields)
 """
 
+import ctypes
 import importlib
 import json
 import os
-import pickle
 import resource
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
+from operators.decode.wire import PipeError, Receiver, Sender
 from schemas.errors import DecodeError, RecordError
 
-IDLE_CHECK_SECONDS = 30.0
-
-
-class PipeError(Exception):
-    """The pipe to the parent is of no more use."""
-
-
-def send_message(connection: Connection, kind: str, value: Any) -> None:
-    """Send one message; the memory of arrays inside `value` follows it uncopied.
-
-    Raises:
-        PipeError: part of the message may have gone out; nothing after it could be understood.
-    """
-    buffers: list[pickle.PickleBuffer] = []
-    data = pickle.dumps((kind, value), protocol=5, buffer_callback=buffers.append)
-    parts = [buffer.raw() for buffer in buffers]
-    try:
-        connection.send_bytes(pickle.dumps((data, len(parts))))
-        for part in parts:
-            connection.send_bytes(part)
-    except OSError as error:
-        raise PipeError(str(error)) from error
-
-
-def receive_message(connection: Connection) -> tuple[str, Any]:
-    """Return the next (kind, value); arrays inside are read-only views of the received bytes.
-
-    Raises:
-        EOFError, OSError: the other end is gone.
-    """
-    data, buffer_count = pickle.loads(connection.recv_bytes())
-    buffers = [connection.recv_bytes() for _ in range(buffer_count)]
-    kind, value = pickle.loads(data, buffers=buffers)
-    return kind, value
+PR_SET_PDEATHSIG = 1
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
@@ -100,13 +68,13 @@ def load_function(name: str) -> Callable[..., Iterator[Any]]:
 def arm(seconds: float) -> None:
     """Let the kernel end this process after `seconds`; 0 disarms.
 
-    A decoder that hangs in native code runs no Python, so neither a Python signal handler nor a look at the pipe
-    would end it when the parent has died.
+    A decoder that hangs in native code runs no Python, so a Python signal handler would not end it. The parent may be
+    busy with the last item for long: then it is this alarm that ends a hang.
     """
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def run_call(connection: Connection, call: tuple[str, dict[str, Any], float, float], limits: dict[str, Any]) -> None:
+def run_call(sender: Sender, call: tuple[str, dict[str, Any], float, float], limits: dict[str, Any]) -> None:
     """Run one call to its end and send what it yields; the alarm is set only while the decoder works."""
     name, arguments, first_timeout_seconds, next_timeout_seconds = call
     margin_seconds = limits["alarm_margin_seconds"]
@@ -114,7 +82,7 @@ def run_call(connection: Connection, call: tuple[str, dict[str, Any], float, flo
         arm(limits["start_timeout_seconds"] + margin_seconds)
         function = load_function(name)
         arm(0)
-        send_message(connection, "started", None)
+        sender.send(("started", None))
         items = iter(function(**arguments))
         timeout_seconds = first_timeout_seconds
         while True:
@@ -123,7 +91,7 @@ def run_call(connection: Connection, call: tuple[str, dict[str, Any], float, flo
             arm(0)
             if item is items:
                 break
-            send_message(connection, "item", item)
+            sender.send(("item", item))
             # The frame would keep the last item alive while the next one is made.
             del item
             timeout_seconds = next_timeout_seconds
@@ -131,20 +99,26 @@ def run_call(connection: Connection, call: tuple[str, dict[str, Any], float, flo
         raise
     except BaseException as error:
         arm(0)
-        send_message(connection, "error", error_fields(error))
+        sender.send(("error", error_fields(error)))
         return
-    send_message(connection, "end", memory_usage())
+    sender.send(("end", memory_usage()))
 
 
-def serve(connection: Connection, limits: dict[str, Any]) -> None:
-    """Answer calls until the parent closes the pipe or is gone."""
-    parent = os.getppid()
+def serve(connection: socket.socket, limits: dict[str, Any]) -> None:
+    """Answer calls until the parent closes the connection."""
+    sender, receiver = Sender(connection), Receiver(connection)
     while True:
-        # A process forked from the parent may hold a copy of its end of the pipe, so EOF alone is not enough.
-        while not connection.poll(IDLE_CHECK_SECONDS):
-            if os.getppid() != parent:
-                return
-        run_call(connection, pickle.loads(connection.recv_bytes()), limits)
+        run_call(sender, receiver.receive(), limits)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Let the kernel end this process when its parent ends, however either of them is stuck.
+
+    The end of the connection alone is not enough: a process forked from the parent may hold a copy of it.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the parent is gone")
 
 
 def apply_limits(limits: dict[str, Any]) -> None:
@@ -160,13 +134,14 @@ def apply_limits(limits: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve the pipe whose descriptor is the first argument."""
-    connection = Connection(int(sys.argv[1]))
-    limits = json.loads(sys.argv[2])
+    """Serve the connection whose descriptor is the first argument."""
+    die_with_parent(int(sys.argv[2]))
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    limits = json.loads(sys.argv[3])
     apply_limits(limits)
     try:
         serve(connection, limits)
-    except (EOFError, OSError, PipeError):
+    except PipeError:
         return
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, large_binary, rows_to_table
-from operators.decode.box import BoxLimits, DecoderBox, remade_error
+from operators.decode.box import DecoderBox, remade_error, was_ended_from_outside
+from operators.decode.process import BoxLimits
 from operators.decode.video_options import SegmentOptions, VideoLimits
 from operators.fetch import FetchConfig, KeptCopy
 from operators.minicpmv.slicing import SliceConfig
@@ -54,6 +55,9 @@ class DecodeClipsConfig(OperatorConfig):
     max_deaths: Annotated[
         int, Field(ge=1, description="Decoder deaths in a unit after which its other segments are not tried.")
     ] = 3
+    outside_kills: Annotated[
+        int, Field(ge=0, description="How often a segment is begun again because its decoder was ended from outside.")
+    ] = 3
     box: BoxLimits = BoxLimits()
     fetch: FetchConfig = FetchConfig()
 
@@ -70,6 +74,7 @@ class DecodeClips(Operator[DecodeClipsConfig]):
     adds: ClassVar[pa.Schema] = DECODED
     expands: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
+    stage: ClassVar[str] = "sample"
 
     def __init__(self, config: DecodeClipsConfig) -> None:
         super().__init__(config)
@@ -89,6 +94,10 @@ class DecodeClips(Operator[DecodeClipsConfig]):
         for unit in table.to_pylist():
             if unit["error"] is None:
                 yield from self._unit_tables(unit)
+
+    def at_risk(self, table: pa.Table) -> list[bool]:
+        """Return for each unit whether it is decoded."""
+        return [not error.is_valid for error in table["error"]]
 
     def close(self) -> None:
         """End the decoder process and remove the copy of the last source."""
@@ -114,7 +123,8 @@ class DecodeClips(Operator[DecodeClipsConfig]):
     def _decoded(self, path: Path, owed: deque[dict[str, Any]]) -> Iterator[Outcome]:
         """Yield what became of each segment in `owed`, taking it out; a dead decoder is replaced after its segment.
 
-        A segment at which decord may have died is tried once more, with PyAV, and so are those after it.
+        A segment at which decord may have died is tried once more, with PyAV, and so are those after it. One whose
+        decoder was ended from outside is begun again as it was.
 
         Raises:
             RecordError: the video cannot be opened, or has ended too many decoders; `owed` is what is left.
@@ -131,12 +141,15 @@ class DecodeClips(Operator[DecodeClipsConfig]):
                 if owed:
                     raise DecodeError(f"the decoder left out {len(owed)} segments", code="internal", stage="sample")
             except RecordError as error:
+                if was_ended_from_outside(error) and len(recovered) < self.config.outside_kills:
+                    recovered.append(error)
+                    continue
                 if error.code not in DEATH_CODES:
                     raise
                 deaths += 1
                 if options.decoder == "auto" and deaths < self.config.max_deaths:
                     options = options.model_copy(update={"decoder": "pyav"})
-                    recovered = [error]
+                    recovered.append(error)
                     continue
                 yield owed.popleft(), error, recovered
                 recovered = []

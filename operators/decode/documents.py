@@ -11,8 +11,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, large_binary, rows_to_table
-from operators.decode.box import BoxLimits, DecoderBox, remade_error
+from operators.decode.box import DecoderBox, remade_error, was_ended_from_outside
 from operators.decode.pages import Opened, PageOptions, PageStep, TextVerdict
+from operators.decode.process import BoxLimits
 from operators.fetch import FetchConfig, KeptCopy
 from operators.orientation import find_orientation, hull_size, upright
 from schemas.errors import ContractError, DecodeError, RecordError, error_struct
@@ -43,6 +44,9 @@ class DecodeDocumentsConfig(OperatorConfig):
     page_timeout_seconds: Annotated[float, Field(gt=0, description="Time for each step of a page.")] = 25.0
     max_deaths: Annotated[
         int, Field(ge=1, description="Decoder deaths in a unit after which its other pages are not tried.")
+    ] = 3
+    outside_kills: Annotated[
+        int, Field(ge=0, description="How often a page is begun again because its decoder was ended from outside.")
     ] = 3
     box: BoxLimits = BoxLimits()
     fetch: FetchConfig = FetchConfig()
@@ -81,6 +85,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
     adds: ClassVar[pa.Schema] = DECODED
     expands: ClassVar[bool] = True
     replaces: ClassVar[bool] = True
+    stage: ClassVar[str] = "render"
 
     def __init__(self, config: DecodeDocumentsConfig) -> None:
         super().__init__(config)
@@ -93,6 +98,10 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
         for unit in table.to_pylist():
             if unit["error"] is None:
                 yield from self._unit_tables(unit)
+
+    def at_risk(self, table: pa.Table) -> list[bool]:
+        """Return for each unit whether it is decoded."""
+        return [not error.is_valid for error in table["error"]]
 
     def close(self) -> None:
         """End the decoder process and remove the copy of the last source."""
@@ -123,12 +132,15 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
     def _decoded(self, unit: dict[str, Any], path: Path, owed: deque[int]) -> Iterator[_Page]:
         """Yield a page for each number in `owed`, taking it out; a dead decoder is replaced after its page.
 
+        A page whose decoder was ended from outside is begun again, and says so in `recovered`.
+
         Raises:
             RecordError: the document cannot be opened, or has ended too many decoders; `owed` is what is left.
         """
         deaths = 0
+        killed: list[dict[str, Any]] = []
         while owed:
-            page = _Page(owed[0])
+            page = _Page(owed[0], recovered=list(killed))
             was_opened = False
             try:
                 for step in self._steps(unit, path, list(owed)):
@@ -139,13 +151,17 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                     if step.is_last:
                         owed.popleft()
                         yield page
-                        page = _Page(owed[0] if owed else 0)
+                        page, killed = _Page(owed[0] if owed else 0), []
                 if owed:
                     raise DecodeError(f"the decoder left out pages {list(owed)}", code="internal")
             except RecordError as error:
                 if not owed:
                     # It failed while closing a document whose pages are all here.
                     return
+                if was_ended_from_outside(error) and len(killed) < self.config.outside_kills:
+                    error.stage = "render" if was_opened else error.stage
+                    killed.append(error_struct(error, COMPONENT))
+                    continue
                 if not was_opened or error.code not in DEATH_CODES:
                     raise
                 deaths += 1
@@ -153,6 +169,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                 page.failure = error
                 owed.popleft()
                 yield page
+                killed = []
                 if deaths == self.config.max_deaths and owed:
                     raise after_deaths(error, deaths) from error
 

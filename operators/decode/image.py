@@ -34,6 +34,7 @@ TRANSPOSES = {
 }
 TURNED = (5, 6, 7, 8)
 PLAUSIBLE_DPI = (10.0, 10_000.0)
+MAX_SIDE_PX = 2**31 - 1
 NO_TEXT = TextVerdict(False, False, "image", is_scan=True)
 
 # The bound of PageOptions.max_source_pixels takes its place, after a JPEG has been asked for a smaller scale.
@@ -51,6 +52,7 @@ def probe(path: str, password: str | None, max_pages: int) -> Iterator[dict[str,
         page_count = counted_frames(image)
         if page_count > max_pages:
             raise DecodeError(f"{page_count} frames, the policy allows {max_pages}", code="too_many_pages")
+        check_sides(image)
         width_px, height_px = upright_size(image)
         yield {"page_count": page_count, "width_px": width_px, "height_px": height_px}
 
@@ -115,8 +117,11 @@ def frame_steps(image: Image.Image, page_number: int, options: PageOptions) -> I
     start = time.perf_counter()
     try:
         image.seek(page_number - 1)
+        check_sides(image)
         width_px, height_px = upright_size(image)
         dpi = stated_dpi(image)
+    except RecordError:
+        raise
     except Exception as error:
         raise translated(error, "open") from error
     facts = {
@@ -146,6 +151,12 @@ def frame_steps(image: Image.Image, page_number: int, options: PageOptions) -> I
         is_blank=blank,
         is_last=True,
     )
+
+
+def check_sides(image: Image.Image) -> None:
+    """Raise `too_large` for a size that a damaged header makes up, and that no column of the tables could hold."""
+    if max(image.size) > MAX_SIDE_PX:
+        raise DecodeError(f"{image.width} x {image.height} px, at most {MAX_SIDE_PX} a side", code="too_large")
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -93,6 +93,9 @@ def kind_of_name(name: str) -> str | None:
 
 def sniff_bytes(head: bytes) -> Sniffed | None:
     """Return what `head` is the start of; None for GIF and for anything unknown."""
+    if is_archive(head):
+        # Its first member may be a PDF, and that member's start near enough to be taken for that of a document.
+        return None
     for start, mime_type in IMAGE_STARTS:
         if head.startswith(start):
             return Sniffed("image", mime_type)
@@ -110,6 +113,11 @@ def sniff_bytes(head: bytes) -> Sniffed | None:
 
 
 BITMAP_HEADER_SIZES: Final = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
+
+
+def is_archive(head: bytes) -> bool:
+    """Return whether `head` starts a zip or a tar."""
+    return head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar"
 
 
 def sniff_riff(head: bytes) -> Sniffed | None:

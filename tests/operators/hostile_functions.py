@@ -3,7 +3,6 @@
 import ctypes
 import mmap
 import os
-import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from operators.decode.wire import HEADER
 from schemas.errors import FetchError
 
 
@@ -63,6 +63,34 @@ def memory_bomb() -> Iterator[int]:
         yield len(held)
 
 
+def fill_then_hang(byte_count: int) -> Iterator[int]:
+    """Fill memory in one native call that never gives the interpreter back."""
+    yield 0
+    memory = mmap.mmap(-1, byte_count)
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 1, byte_count)
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def pages(byte_count: int, count: int) -> Iterator[dict[str, Any]]:
+    """Arrays with their own numbers in every byte, as a decoder sends pages."""
+    for value in range(count):
+        yield {"number": value, "image": np.full(byte_count, value, np.uint8)}
+
+
+def logged_pages(byte_count: int, count: int, log: str) -> Iterator[dict[str, Any]]:
+    """As `pages`, with the number of each written down before it is sent."""
+    for page in pages(byte_count, count):
+        with open(log, "a") as file:
+            file.write(f"{page['number']}\n")
+        yield page
+
+
+def rows_of_arrays() -> Iterator[list[Any]]:
+    """Several arrays in one item, of sizes that no alignment likes, and one that is not contiguous."""
+    numbers = np.arange(900_000, dtype=np.float64)
+    yield [np.full(300_001, 7, np.uint8), numbers, np.full(3, 9, np.uint8), numbers[::2], np.zeros(0, np.uint8)]
+
+
 def hold(byte_count: int) -> Iterator[int]:
     global kept
     kept = bytearray(byte_count)
@@ -93,7 +121,7 @@ def print_much() -> Iterator[int]:
 def half_a_message() -> Iterator[int]:
     """Announce a message of a million bytes and send three."""
     yield 1
-    os.write(int(sys.argv[1]), struct.pack("!i", 1_000_000) + b"abc")
+    os.write(int(sys.argv[1]), HEADER.pack(1_000_000, 0, -1) + b"abc")
     time.sleep(3600)
 
 

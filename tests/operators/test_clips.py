@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from operators.decode.box import BoxLimits
 from operators.decode.clips import DecodeClips, DecodeClipsConfig
+from operators.decode.process import BoxLimits
 from operators.fetch import sha256_of
 from operators.minicpmv.temporal import StackedConfig
 from schemas.errors import ContractError, DecodeError, error_struct
@@ -164,28 +164,37 @@ def test_pixels_beyond_the_bound_are_one_error_row(video, operator):
     assert rows[0]["error"]["stage"] == "preprocess"
 
 
+def killed_after_the_first(made, table, number):
+    """Return the rows of a unit whose decoder gets a signal after the first one."""
+    rows = []
+    for part in made.run(table):
+        rows += part.to_pylist()
+        if len(rows) == 1:
+            os.kill(made.box.process_id, number)
+    return rows
+
+
 def test_a_segment_at_which_decord_died_is_read_again_by_pyav(video, operator):
     made = operator()
-    rows = []
-    for table in made.run(units(unit(video, THREE))):
-        rows += table.to_pylist()
-        if len(rows) == 1:
-            os.kill(made.box._child.process.pid, signal.SIGKILL)
+    rows = killed_after_the_first(made, units(unit(video, THREE)), signal.SIGSEGV)
     assert [row["error"] for row in rows] == [None, None, None]
     assert [row["decoder"] for row in rows] == ["decord", "pyav", "pyav"]
     [problem] = rows[1]["recovered"]
-    assert (problem["error_code"], problem["exit_signal"]) == ("crash", signal.SIGKILL)
+    assert (problem["error_code"], problem["exit_signal"]) == ("crash", signal.SIGSEGV)
     assert rows[2]["recovered"] is None
     assert made.box.start_count == 2
 
 
+def test_a_segment_whose_decoder_was_ended_from_outside_is_begun_again_as_it_was(video, operator):
+    undisturbed = operator()(units(unit(video, THREE))).to_pylist()
+    rows = killed_after_the_first(operator(), units(unit(video, THREE)), signal.SIGKILL)
+    [problem] = rows[1]["recovered"]
+    assert (problem["error_code"], problem["exit_signal"], problem["retryable"]) == ("crash", signal.SIGKILL, True)
+    assert [row | {"recovered": None} for row in rows] == undisturbed
+
+
 def test_a_death_under_pyav_costs_one_segment(video, operator):
-    made = operator(decoder="pyav")
-    rows = []
-    for table in made.run(units(unit(video, THREE))):
-        rows += table.to_pylist()
-        if len(rows) == 1:
-            os.kill(made.box._child.process.pid, signal.SIGSEGV)
+    rows = killed_after_the_first(operator(decoder="pyav"), units(unit(video, THREE)), signal.SIGSEGV)
     assert [row["error"] and row["error"]["error_code"] for row in rows] == [None, "crash", None]
     assert rows[1]["error"]["exit_signal"] == signal.SIGSEGV
     assert rows[1]["record_key"] == "k1"

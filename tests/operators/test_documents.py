@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from operators.base import rows_to_table
-from operators.decode.box import BoxLimits
 from operators.decode.documents import DecodeDocuments, DecodeDocumentsConfig, choose_route, page_options
 from operators.decode.pages import TextVerdict
+from operators.decode.process import BoxLimits
 from operators.fetch import sha256_of
 from schemas.errors import ContractError, DecodeError, error_struct
 from schemas.generation import DECODED

@@ -15,7 +15,9 @@ from run_tables import assert_equal_runs
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "jobs" / "samples"
-KILLS = 20
+KILLS = 3
+"""Kills in a run over hundreds of pages; `tests.chaos` kills smaller ones, at more kinds of moments."""
+
 PAGES, DOCUMENTS = 60, 4
 RUN_SECONDS = 240
 
