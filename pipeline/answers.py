@@ -36,6 +36,7 @@ WHOLE_PART_BYTES: Final = 4 * 2**20
 _RESULT_NAMES: Final = tuple(name for name in RESULT.names if name in KEPT_ANSWER.names)
 _FILLED: Final = (*GENERATION.names, *_RESULT_NAMES)
 
+MOST_PARTS: Final = 10**12
 PARTS_KEPT: Final = 8
 PARTS_AT_ONCE: Final = 500
 
@@ -55,22 +56,33 @@ class Where(NamedTuple):
 
 
 class AnswerIndex:
-    """Where the answer to each content key lies: about 20 bytes a key. One for all workers of an attempt.
+    """Where the newest answer to each content key lies: about 20 bytes a key. One for all workers of an attempt.
 
     Args:
         uris: the run, then the ledger that it shares, if any.
+        since: a time, as part ids begin with it; what was answered before is not known.
     """
 
-    def __init__(self, uris: Sequence[str]) -> None:
+    def __init__(self, uris: Sequence[str], since: str = "") -> None:
         self._ranks: list[tuple[int, str, str]] = []
         self._index = KeyIndex(self._ranks)
         self._asked: dict[bytes, bytes] = {}
+        self._since = since
         for store, uri in enumerate(uris):
-            for part_id, keys in answer_keys(Ledger(Storage(uri))):
-                self._add(store, part_id, keys)
+            self.read(Ledger(Storage(uri)), store)
+
+    def read(self, ledger: Ledger, store: int = 0) -> None:
+        """Take in the committed answers of a ledger."""
+        for part_id, keys in answer_keys(ledger, self._since):
+            self._add(store, part_id, keys)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def place_of(self, content_key: str) -> Where | None:
+        """Return where the answer to a key lies, None where there is none."""
+        entry = self._index.get(content_key)
+        return None if entry is None else Where("known", entry.state, self._ranks[entry.commit][2])
 
     def find(self, content_keys: Sequence[str], record_keys: Sequence[str]) -> list[Where]:
         """Return what is known of each key; a key that nobody asked about is from now on asked by its record."""
@@ -83,24 +95,23 @@ class AnswerIndex:
             self._asked.pop(short_key(key), None)
 
     def _find(self, content_key: str, record_key: str) -> Where:
-        entry = self._index.get(content_key)
-        if entry is not None:
-            return Where("known", entry.state, self._ranks[entry.commit][2])
+        place = self.place_of(content_key)
+        if place is not None:
+            return place
         owner = short_key(record_key)
         return Where("new" if self._asked.setdefault(short_key(content_key), owner) == owner else "promised")
 
     def _add(self, store: int, part_id: str, content_keys: Sequence[str]) -> None:
         number = len(self._ranks)
-        self._ranks.append((store, part_id, part_id))
+        self._ranks.append((store, f"{MOST_PARTS - number:012d}", part_id))
         for key in content_keys:
             self._index.add(key, number, store)
 
 
-def answer_keys(ledger: Ledger) -> Iterator[tuple[str, list[str]]]:
-    """Yield the id of each committed part with answers, and their content keys."""
-    found = [
-        (commit.part_id, file.bytes) for commit in ledger.commits() for file in commit.parts if file.table == ANSWERS
-    ]
+def answer_keys(ledger: Ledger, since: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Yield the id of each committed part with answers that was begun since then, and their content keys."""
+    commits = (commit for commit in ledger.commits() if commit.part_id >= since)
+    found = [(commit.part_id, file.bytes) for commit in commits for file in commit.parts if file.table == ANSWERS]
     small = [part_id for part_id, size in found if size <= WHOLE_PART_BYTES]
     for start in range(0, len(small), PARTS_AT_ONCE):
         chunk = small[start : start + PARTS_AT_ONCE]
@@ -164,8 +175,9 @@ class FindAnswers(Operator[FindAnswersConfig]):
 
 
 def kept_answers(records: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Return the KEPT_ANSWER rows of finished records that were asked just now, good answers and bad."""
-    return rows_to_table([row for row in map(_kept, records) if row is not None], KEPT_ANSWER)
+    """Return the KEPT_ANSWER rows of finished records that were asked just now, good answers and bad, each key once."""
+    kept = {row["content_key"]: row for row in map(_kept, records) if row is not None}
+    return rows_to_table(list(kept.values()), KEPT_ANSWER)
 
 
 def _kept(record: Mapping[str, Any]) -> dict[str, Any] | None:

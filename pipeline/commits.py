@@ -13,6 +13,8 @@ from schemas.errors import ContractError
 
 PARTS: Final = "ledger/parts"
 COMMITS: Final = "ledger/commits"
+PART_TIME_FORMAT: Final = "%Y%m%dT%H%M%S%fZ"
+"""Part ids begin with it, so that they sort by time."""
 TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%S.%fZ"
 
 RECORDS_TABLE: Final = "records"
@@ -107,7 +109,7 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def part_time(part_id: str) -> datetime:
     """Return when the call that writes `part_id` began."""
-    return datetime.strptime(part_id.split("-", 1)[0], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
+    return datetime.strptime(part_id.split("-", 1)[0], PART_TIME_FORMAT).replace(tzinfo=UTC)
 
 
 def utc_now() -> datetime:

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.answers import AnswerIndex
 from pipeline.commits import RECORDS_TABLE, CommitRecord
 from pipeline.committed import CommittedRecords
-from pipeline.key_index import KeySet
 from pipeline.known_sources import KNOWN_SOURCE, LISTINGS_TABLE, SOURCES_TABLE
 from pipeline.ledger import Ledger
 from pipeline.parts import ANSWERS
@@ -89,7 +89,8 @@ def compact(ledger: Ledger, run_id: str, purge: Purge | None = None) -> Compacte
     """
     done = Compacted()
     committed = ledger.committed_records()
-    answers = KeySet()
+    answers = AnswerIndex(())
+    answers.read(ledger)
     batches: dict[tuple[int, bool], _Batch] = {}
     for commit in ledger.commits():
         done.commits_before += 1
@@ -120,7 +121,7 @@ def _add(
     ledger: Ledger,
     commit: CommitRecord,
     committed: CommittedRecords,
-    answers: KeySet,
+    answers: AnswerIndex,
     purged: dict[str, pa.Table] | None,
 ) -> None:
     states = ledger.states(commit)
@@ -135,7 +136,9 @@ def _add(
         if name in PART_TABLES and not counts.all():
             table = table.filter(pc.is_in(table["record_key"], value_set=kept["record_key"].combine_chunks()))
         if name == ANSWERS:
-            table = table.filter(pa.array(answers.add_all(table["content_key"].to_pylist())))
+            places = map(answers.place_of, table["content_key"].to_pylist())
+            newest = [place is not None and place.part_id == commit.part_id for place in places]
+            table = table.filter(pa.array(newest, pa.bool_()))
         batch.tables.setdefault(name, []).append(table)
         batch.rows += table.num_rows if name != "blocks" else 0
     batch.states.append(kept)

@@ -14,12 +14,20 @@ from pipeline.shared import LocalShared, Shared
 from pipeline.spec import RunSpec
 from pipeline.step import Chain, Flow
 from pipeline.watchdog import Pool, Pulses, unplaced, waits_for
-from schemas.errors import ConfigError, PagereelError, ServiceLostError, TransientError, WorkersBrokenError
+from schemas.errors import (
+    ConfigError,
+    ContractError,
+    PagereelError,
+    ServiceLostError,
+    TransientError,
+    WorkersBrokenError,
+)
 
 ADDRESS_TIMEOUT_SECONDS = 3.0
 
 FINAL: dict[str, type[PagereelError]] = {
     "ConfigError": ConfigError,
+    "ContractError": ContractError,
     "ServiceLostError": ServiceLostError,
     "WorkersBrokenError": WorkersBrokenError,
     "WorkerLostError": WorkersBrokenError,

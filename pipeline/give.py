@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from operators.base import rows_to_table
-from pipeline.answers import answer_keys
+from pipeline.answers import AnswerIndex
 from pipeline.committed import Outcome
 from pipeline.key_index import KeySet
 from pipeline.known_sources import (
@@ -76,18 +76,23 @@ class Giver:
         return given + sum(self._commit(window, lease, pass_index) for pass_index, window in windows.items())
 
     def answers(self, lease: Lease) -> int:
-        """Give the answers whose content key the ledger lacks; return how many."""
-        known = KeySet()
-        for _, keys in answer_keys(self._ledger):
-            known.add_all(keys)
+        """Give the answers that the ledger lacks or has older ones of; return how many."""
+        theirs, mine = AnswerIndex(()), AnswerIndex(())
+        theirs.read(self._ledger)
+        mine.read(self._run)
         held: list[pa.Table] = []
         given = 0
         for commit in self._run.commits():
             table = self._parts.get(ANSWERS, commit.part_id)
             if table is None:
                 continue
-            fresh = known.add_all(table["content_key"].to_pylist())
-            held.append(table.filter(pa.array(fresh)))
+            places = [(theirs.place_of(key), mine.place_of(key)) for key in table["content_key"].to_pylist()]
+            # Names of parts begin with their time: an answer that was given again later takes the place of the first.
+            fresh = [
+                own is not None and own.part_id == commit.part_id and (known is None or known.part_id < own.part_id)
+                for known, own in places
+            ]
+            held.append(table.filter(pa.array(fresh, pa.bool_())))
             if sum(part.num_rows for part in held) >= RECORDS_AT_ONCE:
                 given += self._commit_table(ANSWERS, held, KEPT_ANSWER, lease)
         return given + self._commit_table(ANSWERS, held, KEPT_ANSWER, lease)

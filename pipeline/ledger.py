@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from operators.base import rows_to_table
 from pipeline.commits import (
     COMMITS,
+    PART_TIME_FORMAT,
     PARTS,
     RECORD_STATES,
     RECORDS_TABLE,
@@ -77,7 +78,7 @@ class Ledger:
 
     def begin(self, record_keys: Sequence[str]) -> str:
         """Return a new part id: time, what it holds, and a random end, so that no two attempts share a name."""
-        now = self._clock().strftime("%Y%m%dT%H%M%S%fZ")
+        now = self._clock().strftime(PART_TIME_FORMAT)
         return f"{now}-{digest(*sorted(record_keys))[:12]}-{uuid.uuid4().hex[:8]}"
 
     def commit(

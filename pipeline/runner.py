@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.accounting import Accounting, account
 from pipeline.addresses import stored_uri
 from pipeline.answers import AnswerIndex, FindAnswersConfig
-from pipeline.commits import utc_now
+from pipeline.commits import PART_TIME_FORMAT, utc_now
 from pipeline.committed import Again, CommittedRecords
 from pipeline.compact import compact_if_needed
 from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
@@ -407,7 +407,9 @@ class _Run:
         began = time.perf_counter()
         done_before = self.progress.run_seconds
         uris = (self.spec.output, *([self.shared.uri] if self.shared else []))
-        answers = self.executor.share(AnswerIndex, uris)
+        # What is to be tried again must not meet its own earlier answer.
+        since = self.started_at.strftime(PART_TIME_FORMAT) if self.spec.retry_failed else ""
+        answers = self.executor.share(AnswerIndex, uris, since)
         config = self._config(FindAnswersConfig(uris=uris, index=answers, waits=waits))
         try:
             for table in self.executor.run(record_flow(config), units, self._counted_deaths()):
