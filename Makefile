@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test check chaos cluster bench serve-env clean
+.PHONY: help demo test check chaos cluster long fuzz bench serve-env clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -72,6 +72,12 @@ chaos: $(VENV)/.done-dev ## Kills of larger runs, then random faults by seed: ma
 
 cluster: $(VENV)/.done-dev ## Runs on three hosts in network namespaces, which die or are cut off. Needs root and iproute2.
 	$(BIN)/pytest -m cluster
+
+long: $(VENV)/.done-dev ## One run over 50,000 tiny pages and 2,000 clips: memory, descriptors, processes stay flat.
+	$(BIN)/python -m tests.long $(LONG)
+
+fuzz: $(VENV)/.done-dev ## 2,000 damaged files through whole runs, beside good ones: make fuzz FUZZ="--seed 7".
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 bench: $(VENV)/.done-dev ## A benchmark of jobs/bench: make bench BENCH=end_to_end.
 	$(BIN)/python -m jobs bench $(BENCH)

@@ -6,7 +6,7 @@ from typing import Annotated
 import pyarrow.parquet as pq
 import typer
 
-from jobs.terminal import printable
+from jobs.terminal import visible
 from pipeline.commits import COMMITS
 from pipeline.storage import Storage
 from pipeline.verify import COUNTED_TABLES, LedgerFacts, inspect
@@ -75,7 +75,7 @@ def current(
                 member = (row["source_ref"] or {}).get("member")
                 name = row["source_uri"] + (f" :: {member}" if member else "")
                 what = row["error"]["error_code"] if row["error"] else (row["doc_id"] or "")[:12]
-                typer.echo(printable(f"{row['state']:8}  {row['kind'] or '-':5}  {what:12}  {name}"))
+                typer.echo(visible(f"{row['state']:8}  {row['kind'] or '-':5}  {what:12}  {name}"))
 
 
 @app.command("compact")
@@ -144,4 +144,4 @@ def _print(facts: LedgerFacts, *, as_json: bool) -> None:
         *(("problem", problem) for problem in facts.problems),
     ]
     for name, value in lines:
-        typer.echo(printable(f"{name:14}  {value}"))
+        typer.echo(visible(f"{name:14}  {value}"))

@@ -81,8 +81,3 @@ def own_terminal() -> Iterator[tuple[TextIO, TextIO, Path]]:
             stream.close()
         if not keep:
             path.unlink(missing_ok=True)
-
-
-def printable(text: str) -> str:
-    """Return `text` with its control characters written as escapes: file names and answers may hold any."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -78,10 +78,10 @@ class Shelf:
         is_kept = self._held == wanted
         try:
             self._copy(address, reference, target, config, wanted)
-        except FetchError:
-            self.close()
-            if not is_kept:
+        except FetchError as error:
+            if error.code not in ("damaged", "unreadable") or not is_kept:
                 raise
+            self.close()
             self._copy(address, reference, target, config, wanted)
 
     def open(self, address: str, config: FetchConfig) -> OpenArchive:
@@ -351,7 +351,7 @@ def _came_in_ranges(remote: Remote, target: Path, size: int) -> bool:
             return False
         finally:
             pool.shutdown(cancel_futures=True)
-    if remote.look() != remote.facts:
+    if remote.version_of(remote.look()) != remote.version_of(remote.facts):
         raise FetchError(f"{without_secrets(remote.address)}: changed while it was read", retryable=True)
     return True
 

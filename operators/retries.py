@@ -109,12 +109,17 @@ def may_pass(error: BaseException) -> bool:
         return status in PASSING_STATUSES or (status >= 500 and status not in LASTING_STATUSES)
     if code is not None:
         return False
-    if any(type(found).__name__ in LASTING_NAMES for found in causes(error)):
+    if any(type(found).__name__ in LASTING_NAMES or _is_no_host(found) for found in causes(error)):
         return False
     if isinstance(error, FileNotFoundError):
         # fsspec's web file system makes one of whatever befell its first look, a lost connection included.
         return error.__cause__ is not None and may_pass(error.__cause__)
     return not isinstance(error, LASTING_ERRORS) and getattr(error, "errno", None) not in LASTING_ERRNOS
+
+
+def _is_no_host(error: BaseException) -> bool:
+    """Return whether a host does not exist, as those of many old links; a name server that fails says otherwise."""
+    return isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
 
 
 def is_unreachable(error: BaseException) -> bool:

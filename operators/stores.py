@@ -42,6 +42,12 @@ class ShortBodyError(Exception):
     retryable = True
 
 
+class ChangedError(Exception):
+    """The object is another one than when it was opened."""
+
+    retryable = False
+
+
 class RangesRefusedError(Exception):
     """The server answers a request for a range with something else."""
 
@@ -96,16 +102,23 @@ class Remote:
         address: any fsspec URL.
         policy: how failures are tried again.
         passes: as `retried` takes it.
+        opened: the file system and path of the address, where they are at hand.
 
     Raises:
         Exception: whatever the store says when it is asked about the object.
     """
 
-    def __init__(self, address: str, policy: RetryPolicy, passes: Callable[[Exception], bool] | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        policy: RetryPolicy,
+        passes: Callable[[Exception], bool] | None = None,
+        opened: tuple[Any, str] | None = None,
+    ) -> None:
         self.address = address
         self._policy = policy
         self._passes = passes
-        self.filesystem, self.path = open_store(address)
+        self.filesystem, self.path = opened or open_store(address)
         self.facts = self.look()
         size = self.facts.get("size")
         self.size_bytes: int | None = None if size is None else int(size)
@@ -122,6 +135,13 @@ class Remote:
         if facts.get("type", "file") != "file":
             raise IsADirectoryError(f"{self.path} is a folder")
         return dict(facts)
+
+    def version_of(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Return what of its facts changes when the object does."""
+        if isinstance(self.filesystem, HTTPFileSystem):
+            # One page may come from several machines, with tags and signed addresses of their own.
+            return {name: facts.get(name) for name in ("size", "Last-Modified")}
+        return facts
 
     def again(self, call: Callable[[], T], policy: RetryPolicy | None = None) -> T:
         """Return what `call` returns, tried again under the policy, or another one."""
@@ -157,6 +177,8 @@ class Remote:
         else:
             data = ask(self.filesystem, "cat_file", self.path, start=start, end=stop, size_bytes=length)
         if len(data) != length:
+            if self.version_of(ask(self.filesystem, "info", self.path)) != self.version_of(self.facts):
+                raise ChangedError("changed while it was read")
             raise ShortBodyError(f"{len(data)} bytes came of {length} at {start}")
         return bytes(data)
 

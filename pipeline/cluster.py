@@ -154,7 +154,7 @@ def living_nodes() -> list[str]:
 
 def unset_on_nodes() -> dict[str, int]:
     """Return for each of `RAYLET_SETTINGS` on how many nodes it is not set; nodes that do not answer count as set."""
-    look = ray.remote(_unset_here).options(num_cpus=0, max_retries=0)
+    look = ray.remote(num_cpus=0, max_retries=0)(_unset_here)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
         for node in living_nodes()

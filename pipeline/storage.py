@@ -199,7 +199,7 @@ class Storage:
         if not ranges:
             return pa.BufferReader(self.get(name))
         try:
-            remote = Remote(f"{self.uri.rstrip('/')}/{name}", self.retries, self._passes)
+            remote = Remote(self._shown, self.retries, self._passes, (self.filesystem, self.path(name)))
         except FileNotFoundError:
             raise
         except Exception as error:

@@ -42,6 +42,7 @@ PASSING = [
     raised_from(aiohttp.ClientPayloadError(), aiohttp.http_exceptions.ContentLengthError("m")),
     TimeoutError(),
     ConnectionResetError(),
+    socket.gaierror(socket.EAI_AGAIN, "the name server fails"),
     botocore.exceptions.ReadTimeoutError(endpoint_url="u"),
     botocore.exceptions.FlexibleChecksumError(error_msg="m"),
     FetchError("m", retryable=True),
@@ -63,6 +64,7 @@ LASTING = [
     botocore.exceptions.ParamValidationError(report="r"),
     ImportError(),
     ValueError(),
+    raised_from(FileNotFoundError("url"), raised_from(OSError(), socket.gaierror(socket.EAI_NONAME, "no such host"))),
     FetchError("m"),
 ]
 

@@ -109,8 +109,13 @@ class PoisonedDecodeDocuments(DecodeDocuments):
             yield page
 
 
-PoisonedGenerate.__name__ = "Generate"
-POISONED = {"Generate": PoisonedGenerate, "ReadPages": PoisonedReadPages, "DecodeDocuments": PoisonedDecodeDocuments}
+POISONED = {
+    kind.__name__.removeprefix("Poisoned"): kind
+    for kind in (PoisonedGenerate, PoisonedReadPages, PoisonedDecodeDocuments)
+}
+for name, kind in POISONED.items():
+    # Rows name the operator that failed, and the steps after it go by that.
+    kind.__name__ = name
 
 
 def poisoned_flow(config, *, poisoned, batch_rows):

@@ -188,6 +188,8 @@ def test_a_run_reads_members_and_its_repro_commands_name_them(tmp_path):
     (folder / "y.zip").write_bytes(zip_of({"good.pdf": pdf_of(2), "other.pdf": pdf_of(3)}))
     summary = run(task="ocr", inputs=[str(folder)], output=str(tmp_path / "run"), engine="cpu", local=True)
     assert (summary.complete, summary.pages, summary.failed_sources) == (True, 7, 3)
+    again = run(task="ocr", inputs=[str(folder)], output=str(tmp_path / "run"), engine="cpu", local=True)
+    assert (again.complete, again.computed, again.resumed) == (True, 0, 7)
     pages = pq.read_table(tmp_path / "run" / "pages").to_pylist()
     assert {row["source_ref"]["member"] for row in pages} == {"good.pdf", "other.pdf"}
     errors = pq.read_table(tmp_path / "run" / "errors").to_pylist()

@@ -11,12 +11,15 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
+from pipeline import run
 from tests.s3.faulty_proxy import FaultyProxy
+from tests.s3.s3_runs import CPU, pdf_of
 
 SECRET_KEY = "SecretKeyThatNobodyMaySee"
 SESSION_TOKEN = "SessionTokenThatNobodyMaySee"
-READ_SECONDS = 1.0
-CONFIG = '{"config_kwargs": {"read_timeout": 1.0}}'
+HANG_SECONDS = 30.0
+READ_SECONDS = 10.0
+CONFIG = '{"config_kwargs": {"read_timeout": 10.0}}'
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def proxy(s3_server: str) -> Iterator[FaultyProxy]:
-    with FaultyProxy(s3_server, hang_seconds=30) as proxy:
+    with FaultyProxy(s3_server, hang_seconds=HANG_SECONDS) as proxy:
         yield proxy
 
 
@@ -70,3 +73,20 @@ def bucket(s3_server: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) 
     direct.mkdir(name)
     yield Bucket(name, direct, {**os.environ, "OMP_NUM_THREADS": "1"})
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Three documents, one of them damaged, in a folder."""
+    folder = tmp_path_factory.mktemp("in")
+    (folder / "a b+c%41.pdf").write_bytes(pdf_of(12))
+    (folder / "ünï.pdf").write_bytes(pdf_of(2, "Other words that are as trustworthy as the first. "))
+    (folder / "bad.pdf").write_bytes(pdf_of(3)[:200])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_run(files, tmp_path_factory):
+    target = tmp_path_factory.mktemp("local") / "run"
+    run(inputs=[str(files)], output=str(target), **CPU)
+    return target

@@ -28,9 +28,16 @@ def storage(bucket):
     return storage
 
 
+def impatient(storage):
+    """Let a silent store be given up after a second; to be called before it is asked for the first time."""
+    storage.filesystem.config_kwargs["read_timeout"] = 1.0
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_operation_survives_a_fault(storage, proxy, fault):
     times = 1 if fault in ("hang", "delay") else 3
+    if fault == "hang":
+        impatient(storage)
 
     def broken(method, part):
         proxy.fail(method, part, fault, times)
@@ -67,6 +74,8 @@ def test_a_table_is_read_in_parts_whatever_breaks(storage, proxy, fault):
 
 @pytest.mark.parametrize("fault", ["error_after", "reset_after", "error_500", "slow_down", "hang"])
 def test_a_creation_whose_answer_was_lost_knows_its_own_object(storage, proxy, fault):
+    if fault == "hang":
+        impatient(storage)
     proxy.fail("PUT", "lease", fault, times=1 if fault == "hang" else 2)
     assert storage.put_if_absent("lease", b"mine")
     proxy.fail("PUT", "lease", fault, times=1 if fault == "hang" else 2)
