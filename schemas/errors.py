@@ -227,4 +227,6 @@ def error_struct(
         "exit_signal": error.exit_signal,
         "retryable": error.retryable,
         "attempt": attempt,
+        # Known of what ended its worker only.
+        **dict.fromkeys(("batch_id", "batch_size", "bisect_depth", "node_id", "actor_id")),
     }
