@@ -1,5 +1,6 @@
 """Sources to units: what each file is, how much it holds, and which records it owes."""
 
+import logging
 import math
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from operators.fetch import FetchConfig, KeptCopy, sha256_of
 from schemas.errors import ConfigError, ContractError, DecodeError, PagereelError, RecordError, error_struct
 from schemas.ids import canonical_json, digest, record_key
 from schemas.source import SOURCE, SOURCE_FACTS, UNIT
+
+logger = logging.getLogger(__name__)
 
 COMPONENT: Final = "ProbeSources"
 UNIT_ID_CHARS: Final = 32
@@ -145,6 +148,7 @@ class ProbeSources(Operator[ProbeConfig]):
             except RecordError as error:
                 if not was_ended_from_outside(error) or not left:
                     raise
+                logger.warning("%s is probed again: %s", path.name, error)
         raise ContractError("a probe neither returned nor failed")
 
 

@@ -1,5 +1,6 @@
 """Units of videos to segments: the frames that the model sees of each time range, already sliced."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from schemas.generation import DECODED, IDENTITY
 from schemas.image import PIXELS
 from schemas.source import UNIT
 from schemas.video import SEGMENT_FACTS
+
+logger = logging.getLogger(__name__)
 
 COMPONENT: Final = "DecodeClips"
 DEATH_CODES: Final = {"crash", "time_limit", "memory_limit", "internal"}
@@ -124,25 +127,26 @@ class DecodeClips(Operator[DecodeClipsConfig]):
         """Yield what became of each segment in `owed`, taking it out; a dead decoder is replaced after its segment.
 
         A segment at which decord may have died is tried once more, with PyAV, and so are those after it. One whose
-        decoder was ended from outside is begun again as it was.
+        decoder was ended from outside is begun again as it was, and its row does not differ by that.
 
         Raises:
             RecordError: the video cannot be opened, or has ended too many decoders; `owed` is what is left.
         """
         options = self._options
         recovered: list[RecordError] = []
-        deaths = 0
+        deaths = kills = 0
         while owed:
             try:
                 for item in self._items(path, list(owed), options):
                     failure = item.get("failure")
                     yield owed.popleft(), remade_error(failure) if failure else item, recovered
-                    recovered = []
+                    recovered, kills = [], 0
                 if owed:
                     raise DecodeError(f"the decoder left out {len(owed)} segments", code="internal", stage="sample")
             except RecordError as error:
-                if was_ended_from_outside(error) and len(recovered) < self.config.outside_kills:
-                    recovered.append(error)
+                if was_ended_from_outside(error) and kills < self.config.outside_kills:
+                    kills += 1
+                    logger.warning("segment %d of %s is begun again: %s", owed[0]["segment_index"], path.name, error)
                     continue
                 if error.code not in DEATH_CODES:
                     raise
@@ -152,7 +156,7 @@ class DecodeClips(Operator[DecodeClipsConfig]):
                     recovered.append(error)
                     continue
                 yield owed.popleft(), error, recovered
-                recovered = []
+                recovered, kills = [], 0
                 if deaths == self.config.max_deaths and owed:
                     raise after_deaths(error, deaths) from error
 

@@ -1,5 +1,6 @@
 """Units of documents to pages: text layer where it can be trusted, pixels where the page has to be read."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from operators.orientation import find_orientation, hull_size, upright
 from schemas.errors import ContractError, DecodeError, RecordError, error_struct
 from schemas.generation import DECODED, IDENTITY
 from schemas.source import UNIT
+
+logger = logging.getLogger(__name__)
 
 COMPONENT: Final = "DecodeDocuments"
 DECODER_OF_KIND: Final = {"pdf": "operators.decode.pdf:decode_pages", "image": "operators.decode.image:decode_pages"}
@@ -132,15 +135,14 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
     def _decoded(self, unit: dict[str, Any], path: Path, owed: deque[int]) -> Iterator[_Page]:
         """Yield a page for each number in `owed`, taking it out; a dead decoder is replaced after its page.
 
-        A page whose decoder was ended from outside is begun again, and says so in `recovered`.
+        A page whose decoder was ended from outside is begun again, and its row does not differ by that.
 
         Raises:
             RecordError: the document cannot be opened, or has ended too many decoders; `owed` is what is left.
         """
-        deaths = 0
-        killed: list[dict[str, Any]] = []
+        deaths = kills = 0
         while owed:
-            page = _Page(owed[0], recovered=list(killed))
+            page = _Page(owed[0])
             was_opened = False
             try:
                 for step in self._steps(unit, path, list(owed)):
@@ -151,16 +153,16 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                     if step.is_last:
                         owed.popleft()
                         yield page
-                        page, killed = _Page(owed[0] if owed else 0), []
+                        page, kills = _Page(owed[0] if owed else 0), 0
                 if owed:
                     raise DecodeError(f"the decoder left out pages {list(owed)}", code="internal")
             except RecordError as error:
                 if not owed:
                     # It failed while closing a document whose pages are all here.
                     return
-                if was_ended_from_outside(error) and len(killed) < self.config.outside_kills:
-                    error.stage = "render" if was_opened else error.stage
-                    killed.append(error_struct(error, COMPONENT))
+                if was_ended_from_outside(error) and kills < self.config.outside_kills:
+                    kills += 1
+                    logger.warning("unit %s, page %d is begun again: %s", unit["unit_id"], owed[0], error)
                     continue
                 if not was_opened or error.code not in DEATH_CODES:
                     raise
@@ -169,7 +171,7 @@ class DecodeDocuments(Operator[DecodeDocumentsConfig]):
                 page.failure = error
                 owed.popleft()
                 yield page
-                killed = []
+                kills = 0
                 if deaths == self.config.max_deaths and owed:
                     raise after_deaths(error, deaths) from error
 

@@ -1,5 +1,6 @@
 """How each kind of fault is injected."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -14,14 +15,16 @@ from tests.chaos.schedules import Fault
 from tests.cluster.namespaces import Cluster, Node
 from tests.s3.faulty_proxy import FaultyProxy
 
+RAYLET = "raylet/raylet"
+FULL_FACTOR = 4.0
 SPILL_KILOBYTES = 40 * 1024
 POWER_SECONDS = 3.0
 CUT_FACTOR = 4.0
 FILL_STORE = """
 import sys, time
 import numpy, ray
-ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-kept, deadline = [], time.monotonic() + float(sys.argv[1])
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+kept, deadline = [], time.monotonic() + float(sys.argv[2])
 while time.monotonic() < deadline:
     try:
         kept.append(ray.put(numpy.random.bytes(10_000_000)))
@@ -68,7 +71,7 @@ class KillWorker(KillProcess):
 class KillRaylet(KillProcess):
     """A node of one machine dies under its driver."""
 
-    word = "raylet/raylet"
+    word = RAYLET
 
 
 class Pause(Injector):
@@ -147,9 +150,12 @@ class FullStore(Injector):
 
     def strike(self, call: Call) -> bool:
         """Join the Ray of the run and fill its store."""
-        if not (self.folder / "ray" / "ray_current_cluster").exists() and not list(self.folder.glob("session_*")):
+        raylet = chosen(call, self.fault, RAYLET)
+        found = re.search(r"--gcs-address=(\S+)", raylet.command) if raylet else None
+        if found is None:
             return False
-        call.guests.append(call.start_guest([sys.executable, "-c", FILL_STORE, str(self.fault.length_seconds)]))
+        seconds = str(FULL_FACTOR * self.fault.length_seconds)
+        call.guests.append(call.start_guest([sys.executable, "-c", FILL_STORE, found.group(1), seconds]))
         return True
 
     def relent(self, call: Call) -> None:

@@ -30,6 +30,9 @@ HEALTH = {
     "RAY_health_check_failure_threshold": "4",
     # All nodes share this machine's memory: what the others need is no reason to kill a worker.
     "RAY_memory_monitor_refresh_ms": "0",
+    # As pagereel wants them on every node.
+    "RAY_task_oom_retries": "3",
+    "RAY_memory_usage_threshold": "0.9",
     # Three nodes that start at once on two cores take longer than one does.
     "RAY_raylet_start_wait_time_s": "150",
 }

@@ -30,7 +30,7 @@ BOUND = 100
 LETTERS = 256
 """Tokens of the tiny model that stand for bytes; they come first."""
 
-UNLIKE = ("queue_ms", "generate_ms", "decode_params", "mean_logprob")
+UNLIKE = ("answered_by", "queue_ms", "generate_ms", "decode_params", "mean_logprob")
 """Times, settings, and sums whose last digits move with the batch."""
 
 

@@ -187,10 +187,16 @@ def test_a_segment_at_which_decord_died_is_read_again_by_pyav(video, operator):
 
 def test_a_segment_whose_decoder_was_ended_from_outside_is_begun_again_as_it_was(video, operator):
     undisturbed = operator()(units(unit(video, THREE))).to_pylist()
-    rows = killed_after_the_first(operator(), units(unit(video, THREE)), signal.SIGKILL)
-    [problem] = rows[1]["recovered"]
-    assert (problem["error_code"], problem["exit_signal"], problem["retryable"]) == ("crash", signal.SIGKILL, True)
-    assert [row | {"recovered": None} for row in rows] == undisturbed
+    made = operator()
+    assert killed_after_the_first(made, units(unit(video, THREE)), signal.SIGKILL) == undisturbed
+    assert made.box.start_count == 2
+
+
+def test_a_segment_that_is_killed_too_often_is_an_error_that_a_later_run_may_try_again(video, operator):
+    made = operator(outside_kills=0, decoder="pyav")
+    rows = killed_after_the_first(made, units(unit(video, THREE)), signal.SIGKILL)
+    [error] = [row["error"] for row in rows if row["error"]]
+    assert (error["error_code"], error["exit_signal"], error["retryable"]) == ("crash", signal.SIGKILL, True)
 
 
 def test_a_death_under_pyav_costs_one_segment(video, operator):

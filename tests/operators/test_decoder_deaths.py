@@ -65,16 +65,18 @@ def rows_of(made, table, kill=0):
 
 
 def without_times(rows):
-    return [row | {"recovered": None, "render_ms": None} for row in rows]
+    return [row | {"render_ms": None} for row in rows]
 
 
-def test_a_page_whose_decoder_was_killed_from_outside_is_begun_again(document, operator):
+def test_a_page_whose_decoder_was_killed_from_outside_is_begun_again_and_its_row_is_the_same(
+    document, operator, caplog
+):
     undisturbed = rows_of(operator(), unit(document))
-    rows = rows_of(operator(), unit(document), kill=2)
+    made = operator()
+    rows = rows_of(made, unit(document), kill=1)
     assert without_times(rows) == without_times(undisturbed)
-    kills = [problem for row in rows for problem in row["recovered"] or ()]
-    # The second kill finds nobody where the second page had come before the first.
-    assert {(kill["error_code"], kill["exit_signal"], kill["stage"]) for kill in kills} == {("crash", 9, "render")}
+    assert made.box.start_count == 2
+    assert "ended by SIGKILL from outside" in caplog.text
 
 
 def test_what_is_killed_too_often_is_an_error_that_a_later_run_may_try_again(document, operator):
