@@ -97,7 +97,7 @@ def _write_ignored_layers(folder: Path) -> None:
     write_broken_files(folder)
 
 
-SHORT_ANSWERS = ("--model", "demo", "--max-new-tokens", "16", "--attempts", "1")
+SHORT_ANSWERS = ("--model", "demo", "--device", "cpu", "--max-new-tokens", "16", "--attempts", "1")
 """The demo model's words mean nothing; fewer of them leave more time for faults."""
 
 CORPORA = {

@@ -274,7 +274,7 @@ def _options(schedule: Schedule, cluster: Cluster | None) -> list[str]:
     if schedule.venue == "loop":
         return ["--local"]
     if cluster:
-        return ["--address", cluster.address, "--device", "cpu"]
+        return ["--address", cluster.address]
     has_small_store = any(fault.kind == "store_full" for faults in schedule.calls for fault in faults)
     return ["--object-store-mb", str(SMALLEST_STORE_MB if has_small_store else OBJECT_STORE_MB)]
 

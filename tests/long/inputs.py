@@ -28,13 +28,14 @@ def make_documents(folder: Path, page_count: int) -> None:
             document.save(folder / f"pages-{first:06d}.pdf")
 
 
-def make_pictures(folder: Path, count: int) -> None:
-    """Write pictures without a text layer: pages that the model reads."""
+def make_pictures(folder: Path, count: int, page_count: int) -> None:
+    """Write pictures without a text layer, which the model reads, between the documents in the order of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(0)
     for number in range(count):
         pixels = chance.integers(0, 256, (PICTURE_PX, PICTURE_PX, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"picture-{number:06d}.png")
+        place = number * page_count // count
+        Image.fromarray(pixels).save(folder / f"pages-{place:06d}-picture-{number:06d}.png")
 
 
 def make_clips(folder: Path, count: int) -> None:

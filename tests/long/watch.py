@@ -141,6 +141,8 @@ def read(path: str) -> str | None:
 def growth(values: Iterable[tuple[float, float]]) -> float:
     """Return by how much a straight line through (place, value) rises from the first place to the last."""
     points = list(values)
+    if not points:
+        return 0.0
     places = [place for place, _ in points]
     middle = sum(places) / len(places)
     level = sum(value for _, value in points) / len(points)
