@@ -66,8 +66,15 @@ def configure_data() -> None:
 
 
 def hold(table: pa.Table) -> Any:
-    """Return a reference to `table` in the object store."""
-    return ray.put(table)
+    """Return a reference to `table` in the object store.
+
+    Raises:
+        TransientError: Ray cannot take it.
+    """
+    try:
+        return ray.put(table)
+    except ray.exceptions.RayError as error:
+        raise TransientError(f"Ray cannot take what is to be done: {one_line(error)}") from error
 
 
 def root_cause(error: BaseException) -> str:
@@ -189,8 +196,12 @@ class RayMeter:
         self.handle = ray.remote(Meter).options(num_cpus=0, max_restarts=-1).remote()
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
-        """Return the counts so far."""
-        result: dict[str, dict[str, Any]] = ray.get(self.handle.snapshot.remote(), timeout=30)
+        """Return the counts so far; nothing where the actor cannot be reached, since no run should end for a count."""
+        try:
+            result: dict[str, dict[str, Any]] = ray.get(self.handle.snapshot.remote(), timeout=30)
+        except ray.exceptions.RayError as error:
+            logger.debug("no counts: %r", error)
+            return {}
         return result
 
     def pulses(self) -> Pulses:
@@ -222,7 +233,10 @@ class RayShared:
         """
         try:
             return ray.get(getattr(self._handle, method).remote(*arguments), timeout=SHARED_SECONDS)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.RayTaskError:
+            # Raised by the object itself.
+            raise
+        except ray.exceptions.RayError as error:
             raise TransientError(f"a service of this run cannot be reached: {one_line(error)}") from error
 
     def close(self) -> None:

@@ -211,7 +211,11 @@ class RayExecutor:
         return [f"nodes of the cluster should be started with {told}: a worker that lacks memory is ended too late"]
 
     def hold(self, table: pa.Table) -> Any:
-        """Return a reference to the table in the object store."""
+        """Return a reference to the table in the object store.
+
+        Raises:
+            TransientError: Ray cannot take it.
+        """
         from pipeline import connect
 
         return connect.hold(table)
@@ -238,10 +242,10 @@ class RayExecutor:
             raise (final(message) if final else TransientError(cause)) from error
 
     def steps(self) -> dict[str, dict[str, Any]]:
-        """Return the counts so far; the last ones once Ray is gone."""
+        """Return the counts so far; the last known ones where Ray cannot be asked, or is gone."""
         meter = self._meter
         if meter is not None:
-            self._last_steps = meter.snapshot()
+            self._last_steps = meter.snapshot() or self._last_steps
         return self._last_steps
 
     def signs(self) -> Hashable:

@@ -22,6 +22,7 @@ GCS_PORT = 6379
 DASHBOARD_PORT = 8265
 MOST_CLUSTERS = 4000
 START_SECONDS = 240
+MEND_SECONDS = 30
 HEALTH = {
     # A node that is cut off is given up after some seconds, and not after half a minute.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -218,14 +219,25 @@ class Cluster:
             raise RuntimeError(f"{done.stderr.strip()[-500:]}; {self.logs()}")
 
     def mend(self) -> None:
-        """Put every cable back, and start every node that is down."""
+        """Put every cable back, and start every node that is down, or goes down because it was away for too long.
+
+        Raises:
+            RuntimeError: they do not all come up.
+        """
         for node in self.nodes:
             self.heal(node)
-            if node.process is not None and node.process.poll() is not None:
-                self.kill(node)
-            if node.process is None:
-                self.start(node)
-        self.wait_for(len(self.nodes))
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            for node in self.nodes:
+                if node.process is not None and node.process.poll() is not None:
+                    self.kill(node)
+                if node.process is None:
+                    self.start(node)
+            try:
+                return self.wait_for(len(self.nodes), MEND_SECONDS)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
 
     def logs(self) -> str:
         """Return the last words of every node."""
@@ -234,6 +246,11 @@ class Cluster:
             for node in self.nodes
             if (self.folder / f"{node.name}.log").exists()
         )
+
+    def driver_logs(self) -> str:
+        """Return what Ray's own part of the drivers on the head logged last, which they print nowhere else."""
+        found = sorted((self.folder / self.head.name).glob("session_*/logs/python-core-driver-*.log"))
+        return " / ".join(path.read_text(errors="replace")[-1500:] for path in found[-2:])
 
     def close(self) -> None:
         """End every node, and remove namespaces, cables and the bridge."""

@@ -82,7 +82,7 @@ def submit(cluster: Cluster, *command: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(job: subprocess.Popen[str]) -> str:
+def finish(job: subprocess.Popen[str], cluster: Cluster) -> str:
     """Wait for a job to end well, and return what it has said."""
     try:
         output, _ = job.communicate(timeout=RUN_SECONDS)
@@ -90,7 +90,7 @@ def finish(job: subprocess.Popen[str]) -> str:
         job.kill()
         output, _ = job.communicate()
         pytest.fail(f"the job did not end: {output[-3000:]}")
-    assert job.returncode == 0, output[-3000:]
+    assert job.returncode == 0, f"{output[-3000:]}\n{cluster.driver_logs()}"
     return output
 
 
@@ -132,7 +132,7 @@ def test_a_host_that_dies_in_mid_run_changes_no_row(whole, inputs, expected, tmp
     job = submit(whole, *ocr(inputs, output))
     wait_until(lambda: has_commits(output), job)
     whole.kill(busiest(whole), power=power)
-    finish(job)
+    finish(job, whole)
     assert_equal_runs(output, expected)
     verify(output)
 
@@ -146,7 +146,7 @@ def test_a_host_that_cannot_be_reached_for_a_while_changes_no_row(whole, inputs,
     whole.cut(node)
     time.sleep(seconds)
     whole.heal(node)
-    finish(job)
+    finish(job, whole)
     assert_equal_runs(output, expected)
     verify(output)
 
@@ -158,7 +158,7 @@ def test_a_model_goes_on_at_another_host_when_its_own_dies(whole, tmp_path):
     [first] = os.listdir(tmp_path)
     [node] = [node for node in whole.nodes if node.address == first]
     whole.kill(node)
-    rows = [line.split(" ", 3)[1:] for line in finish(job).splitlines() if line.startswith("ROW ")]
+    rows = [line.split(" ", 3)[1:] for line in finish(job, whole).splitlines() if line.startswith("ROW ")]
     assert sorted(unit for unit, _, _ in rows) == [f"u{number:02}" for number in range(40)]
     assert {gpus.strip() for _, _, gpus in rows} == {"['0']"} or {gpus.strip() for _, _, gpus in rows} == {"[0]"}
     others = {host for _, host, _ in rows} - {first}
