@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from fsspec.utils import glob_translate
 
@@ -18,25 +18,54 @@ MAGIC: Final = re.compile(r"[*?\[]")
 HIDDEN_FOLDERS: Final = {"__MACOSX"}
 
 
+class ArchiveMemory(Protocol):
+    """Remembers what archives hold, from one call to the next."""
+
+    def contents(self, archive: dict[str, Any]) -> Contents | None:
+        """Return what an archive holds, None where it must be opened to tell."""
+
+    def learn(self, archive: dict[str, Any], contents: Contents) -> None:
+        """Take in what an archive holds."""
+
+
 class Archives:
     """Looks into archives, one after the other, and keeps what the last one holds.
 
     Args:
         passed_over_suffixes: members that are left out, and counted, where the archive as a whole was named.
+        memory: of earlier calls; None: each archive is opened.
     """
 
-    def __init__(self, passed_over_suffixes: tuple[str, ...]) -> None:
+    def __init__(self, passed_over_suffixes: tuple[str, ...], memory: ArchiveMemory | None = None) -> None:
         self._suffixes = passed_over_suffixes
+        self._memory = memory
         self._shelf = Shelf()
         self._config = FetchConfig()
+        self._last: tuple[tuple[Any, ...], Contents] | None = None
         self.passed_over = 0
 
-    def contents(self, address: str) -> Contents:
-        """Return what an archive holds; what cannot be read of it is in its `damage`."""
+    def contents(self, archive: dict[str, Any]) -> Contents:
+        """Return what an archive holds; what cannot be read of it is in its `damage`.
+
+        Args:
+            archive: its row, as a file's.
+        """
+        key = tuple(archive.get(name) for name in ("source_uri", "size_bytes", "version_tag"))
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self._found(archive))
+        return self._last[1]
+
+    def _found(self, archive: dict[str, Any]) -> Contents:
+        known = self._memory.contents(archive) if self._memory else None
+        if known is not None:
+            return known
         try:
-            return self._shelf.open(address, self._config).contents()
+            found = self._shelf.open(archive["source_uri"], self._config).contents()
         except FetchError as error:
             return Contents(damage=error)
+        if self._memory:
+            self._memory.learn(archive, found)
+        return found
 
     def close(self) -> None:
         """Let go of the last archive."""
@@ -48,7 +77,7 @@ class Archives:
         Args:
             archive: its row, as a file's.
         """
-        contents = self.contents(archive["source_uri"])
+        contents = self.contents(archive)
         self.passed_over += contents.passed_over
         for member in contents.members.values():
             if _is_hidden(member.name):
@@ -68,7 +97,7 @@ class Archives:
         Raises:
             FetchError: the archive cannot be read, and what it tells of itself does not hold it.
         """
-        contents = self.contents(archive["source_uri"])
+        contents = self.contents(archive)
         if wanted.startswith(BYTES_NAME):
             wanted = stored_name(raw_name(wanted))
         if wanted in contents.members:
@@ -84,7 +113,7 @@ class Archives:
 
     def member_facts(self, archive: dict[str, Any], wanted: str) -> dict[str, Any]:
         """Return the row of one member by its name; without facts where the archive does not tell them."""
-        member = self.contents(archive["source_uri"]).members.get(wanted)
+        member = self.contents(archive).members.get(wanted)
         return member_row(archive, member or Member(wanted, -1))
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pipeline.answers import AnswerIndex
 from pipeline.commits import RECORDS_TABLE, CommitRecord
 from pipeline.committed import CommittedRecords
+from pipeline.known_archives import ARCHIVES_TABLE, KNOWN_ARCHIVE
 from pipeline.known_sources import KNOWN_SOURCE, LISTINGS_TABLE, SOURCES_TABLE
 from pipeline.ledger import Ledger
 from pipeline.parts import ANSWERS
@@ -196,7 +197,8 @@ def _flagged(states: dict[str, list[object]], name: str) -> Iterator[str]:
 
 
 def _tables(ledger: Ledger, commit: CommitRecord) -> dict[str, pa.Table]:
-    schemas = {name: part_schema(name) for name in PART_TABLES} | {ANSWERS: KEPT_ANSWER, SOURCES_TABLE: KNOWN_SOURCE}
+    schemas = {name: part_schema(name) for name in PART_TABLES}
+    schemas |= {ANSWERS: KEPT_ANSWER, SOURCES_TABLE: KNOWN_SOURCE, ARCHIVES_TABLE: KNOWN_ARCHIVE}
     return {
         file.table: ledger.read_part(file.table, commit.part_id, schemas[file.table])
         for file in commit.parts

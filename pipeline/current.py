@@ -12,7 +12,7 @@ from pipeline.addresses import stored_uri
 from pipeline.commits import conformed, part_path
 from pipeline.compact import Purge
 from pipeline.key_index import SourceIndex
-from pipeline.known_sources import KNOWN_SOURCE, LISTINGS_TABLE, SOURCES_TABLE, source_parts
+from pipeline.known_sources import KNOWN_SOURCE, LISTINGS_TABLE, SOURCES_TABLE, source_name, source_parts
 from pipeline.ledger import Ledger
 
 STATES: Final = ("current", "replaced", "gone")
@@ -70,7 +70,8 @@ def removal_of(ledger: Ledger, addresses: Sequence[str]) -> Removal:
     for row in (row for rows in _known(ledger) for row in rows):
         if any(row["source_uri"] == one or (one.endswith("/") and row["source_uri"].startswith(one)) for one in wanted):
             versions += 1
-            names.add(row["source_name"])
+            # An archive and its members have names of their own.
+            names |= {row["source_name"], source_name({"source_uri": row["source_uri"]})}
             doc_ids.update([row["doc_id"]] if row["doc_id"] else [])
         elif row["doc_id"]:
             kept.add(row["doc_id"])

@@ -11,6 +11,7 @@ from operators.base import rows_to_table
 from pipeline.answers import AnswerIndex
 from pipeline.committed import Outcome
 from pipeline.key_index import KeySet
+from pipeline.known_archives import archive_parts, commit_archives, known_versions
 from pipeline.known_sources import (
     KNOWN_SOURCE,
     LISTINGS_TABLE,
@@ -112,6 +113,18 @@ class Giver:
                 given += self._commit_table(SOURCES_TABLE, [rows_to_table(held, KNOWN_SOURCE)], KNOWN_SOURCE, lease)
                 held = []
         return given + self._commit_table(SOURCES_TABLE, [rows_to_table(held, KNOWN_SOURCE)], KNOWN_SOURCE, lease)
+
+    def archives(self, lease: Lease) -> None:
+        """Give what was found in archives that the ledger does not know as they are."""
+        known: set[tuple[bytes, bytes]] | None = None
+        for _, table in archive_parts(self._run):
+            known = known_versions(self._ledger) if known is None else known
+            pairs = list(zip(table["source_name"].to_pylist(), table["source_version"].to_pylist(), strict=True))
+            fresh = table.filter(pa.array([pair not in known for pair in pairs], pa.bool_()))
+            known.update(pairs)
+            if fresh.num_rows:
+                lease.check()
+                commit_archives(self._ledger, fresh, self._run_id, self._run_uri)
 
     def listing(self, lease: Lease, listed: Listed) -> bool:
         """Give what was listed, unless that is what the ledger has of these inputs; return whether it was given."""

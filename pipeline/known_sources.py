@@ -52,7 +52,7 @@ ROW_BITS: Final = 32
 
 def source_name(row: Mapping[str, Any]) -> bytes:
     """Return 16 bytes that stand for the address of a source and its member of an archive."""
-    return short_key(repr((stored_uri(row["source_uri"]), (row["source_ref"] or {}).get("member"))))
+    return short_key(repr((stored_uri(row["source_uri"]), (row.get("source_ref") or {}).get("member"))))
 
 
 def source_version(row: Mapping[str, Any]) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from operators.probe import parse_page_ranges
+from pipeline.archive_sources import ArchiveMemory
 from pipeline.executor import check_address
 from pipeline.source import Listing, check_inputs, list_sources
 from pipeline.spec import RunSpec
@@ -23,8 +24,8 @@ def check_request(spec: RunSpec) -> None:
         check_address(spec.address)
 
 
-def listed(spec: RunSpec, counts: Listing) -> Iterator[pa.Table]:
-    """Yield SOURCE tables of the inputs of `spec`, at most its `limit` of sources.
+def listed(spec: RunSpec, counts: Listing, memory: ArchiveMemory | None = None) -> Iterator[pa.Table]:
+    """Yield SOURCE tables of the inputs of `spec`, at most its `limit` of sources; `memory` as `list_sources` takes it.
 
     Raises:
         ConfigError: an input is not there.
@@ -36,7 +37,7 @@ def listed(spec: RunSpec, counts: Listing) -> Iterator[pa.Table]:
         "stop_seconds": spec.stop_seconds,
     }
     left = spec.limit
-    for table in list_sources(spec.inputs, options, counts):
+    for table in list_sources(spec.inputs, options, counts, memory):
         taken = table if left is None else table.slice(0, left)
         yield taken
         if left is not None:

@@ -18,6 +18,7 @@ from pipeline.compact import compact_if_needed
 from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
 from pipeline.flow import HEADS, head_of, plan_flow, record_flow
+from pipeline.known_archives import KnownArchives
 from pipeline.known_sources import Listed
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
@@ -217,7 +218,8 @@ class _Run:
         self.addresses: dict[int, str] = {}
         fresh: list[pa.Table] = []
         planner = self._known_planner(cache.part_number)
-        for table in listed(self.spec, listing):
+        archives = KnownArchives(Ledger(self.storage), self.run_id, [self.shared.ledger] if self.shared else [])
+        for table in listed(self.spec, listing, archives):
             if self.shared:
                 self.listed.add(table)
             wanted = cache.to_probe(table)
@@ -227,6 +229,7 @@ class _Run:
             self.progress.sources = listing.sources
         if planner:
             planner.flush()
+        archives.flush()
         self.seconds["list"] = time.perf_counter() - began
         if listing.passed_over:
             self.observer.note(

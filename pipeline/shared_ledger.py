@@ -118,6 +118,7 @@ class SharedLedger:
             given.answers = giver.answers(lease)
             if probe_digest is not None:
                 given.sources = giver.sources(lease, probe_digest)
+                giver.archives(lease)
             if listed is not None:
                 giver.listing(lease, listed)
             self.ledger.refresh()

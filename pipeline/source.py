@@ -1,4 +1,4 @@
-"""Inputs to sources: what the user named, listed, one row an object; archives alone are opened, to list them."""
+"""Inputs to sources: what the user named, listed, one row an object; archives alone are opened, when they are new."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ from operators.retries import passes_once_reached, retried
 from operators.stores import ask, open_store
 from pipeline import looks
 from pipeline.addresses import stored_uri
-from pipeline.archive_sources import ARCHIVE_LINK, Archives
+from pipeline.archive_sources import ARCHIVE_LINK, ArchiveMemory, Archives
 from pipeline.listing import folder_of_pattern, matching, objects_below
 from pipeline.looks import error_row, facts_of, local_row, looked_at, refusal
 from pipeline.manifests import first_link, has_manifest_suffix, manifest_rows, name_of_input, suffix_of_input
@@ -47,7 +47,9 @@ class Listing:
     passed_over: int = 0
 
 
-def list_sources(inputs: Iterable[str], options: dict[str, Any], counts: Listing) -> Iterator[pa.Table]:
+def list_sources(
+    inputs: Iterable[str], options: dict[str, Any], counts: Listing, memory: ArchiveMemory | None = None
+) -> Iterator[pa.Table]:
     """Yield SOURCE tables for the inputs, in order; bounded memory.
 
     What a folder or manifest names and cannot be looked at is a row all the same: reading it will tell why. A folder
@@ -60,13 +62,14 @@ def list_sources(inputs: Iterable[str], options: dict[str, Any], counts: Listing
         options: `page_ranges`, `password`, `start_seconds`, `stop_seconds` for every source that a manifest row does
             not set itself.
         counts: filled while the tables are consumed.
+        memory: of what archives hold, from earlier calls; None opens each of them.
 
     Raises:
         ConfigError: an input does not exist, matches nothing, or cannot be listed.
         TransientError: a store did not answer.
     """
     held: list[dict[str, Any]] = []
-    archives = Archives(PASSED_OVER_SUFFIXES)
+    archives = Archives(PASSED_OVER_SUFFIXES, memory)
     try:
         for row in _rows(inputs, counts, archives):
             row["source_index"] = counts.sources

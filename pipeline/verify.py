@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.commits import COMMITS, PARTS, CommitRecord
+from pipeline.known_archives import ARCHIVES_TABLE
 from pipeline.known_sources import SOURCES_TABLE
 from pipeline.ledger import Ledger
 from pipeline.parts import ANSWERS
@@ -133,5 +134,5 @@ def _keys(ledger: Ledger, path: str) -> list[str]:
     return keys
 
 
-COUNTED_TABLES: Final = (*RECORD_TABLES, "blocks", "errors", ANSWERS, SOURCES_TABLE)
+COUNTED_TABLES: Final = (*RECORD_TABLES, "blocks", "errors", ANSWERS, SOURCES_TABLE, ARCHIVES_TABLE)
 """In the order in which people are told of them."""

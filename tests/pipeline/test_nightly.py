@@ -2,6 +2,8 @@
 
 import io
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -139,3 +141,59 @@ def test_a_renamed_file_is_opened_and_asked_nothing(nights):
 def test_the_run_folder_is_no_ledger_to_share(nights):
     with pytest.raises(ConfigError, match="the run folder itself"):
         nights.night("own", ledger=str(nights.root / "own"))
+
+
+def write_archives(folder: Path, words: str) -> list[Path]:
+    """Write a zip and a compressed tar with a page each."""
+    folder.mkdir(exist_ok=True)
+
+    def page(name: str) -> bytes:
+        document = pymupdf.open()
+        document.new_page(width=300, height=200).insert_textbox((20, 20, 280, 180), f"{name}. {words * 9}")
+        data: bytes = document.tobytes()
+        return data
+
+    with zipfile.ZipFile(folder / "a.zip", "w") as packed:
+        packed.writestr("deep/page.pdf", page("one"))
+        packed.writestr("notes.txt", "passed over")
+    with tarfile.open(folder / "b.tar.gz", "w:gz") as packed:
+        member = tarfile.TarInfo("page.pdf")
+        member.size = len(data := page("two"))
+        packed.addfile(member, io.BytesIO(data))
+    return [folder / "a.zip", folder / "b.tar.gz"]
+
+
+def test_an_unchanged_archive_is_not_opened(tmp_path):
+    options = {"task": "ocr", "engine": "cpu", "local": True, "inputs": [str(tmp_path / "in")]}
+    options |= {"ledger": str(tmp_path / "ledger")}
+    archives = write_archives(tmp_path / "in", "Pack my box. ")
+    first = run(**options, output=str(tmp_path / "first"))
+    assert (first.complete, first.sources, first.computed) == (True, 2, 2)
+    kept = [(path, path.read_bytes(), path.stat().st_mtime_ns) for path in archives]
+    for path, data, moment in kept:
+        path.write_bytes(b"?" * len(data))
+        os.utime(path, ns=(moment, moment))
+    for name in ("second", "first"):
+        again = run(**options, output=str(tmp_path / name))
+        assert (again.complete, again.sources, again.computed) == (True, 2, 0)
+    assert_equal_runs(tmp_path / "second", tmp_path / "first", unlike=("ledger_hit",))
+    members = [row["source_ref"]["member"] for row in pq.read_table(tmp_path / "second" / "documents").to_pylist()]
+    assert members == ["deep/page.pdf", "page.pdf"]
+
+    write_archives(tmp_path / "in", "Other words. ")
+    changed = run(**options, output=str(tmp_path / "third"))
+    assert (changed.complete, changed.sources, changed.ledger_hits, changed.known_answers) == (True, 2, 0, 0)
+
+
+def test_a_damaged_archive_is_opened_by_every_night(tmp_path):
+    options = {"task": "ocr", "engine": "cpu", "local": True, "inputs": [str(tmp_path / "in")]}
+    options |= {"ledger": str(tmp_path / "ledger")}
+    _, torn = write_archives(tmp_path / "in", "Pack my box. ")
+    data = torn.read_bytes()
+    torn.write_bytes(data[: len(data) // 2])
+    for name in ("first", "second"):
+        summary = run(**options, output=str(tmp_path / name))
+        assert summary.complete
+        [error] = pq.read_table(tmp_path / name / "errors").to_pylist()
+        assert (error["error_code"], Path(error["source_uri"]).name) == ("damaged", torn.name)
+    assert summary.ledger_hits == 1
