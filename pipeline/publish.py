@@ -288,6 +288,7 @@ def _plan_error_row(unit: dict[str, Any], repro_template: str) -> dict[str, Any]
         "created_at": unit["planned_at"],
         "error_id": digest(unit["unit_id"], "plan")[:32],
         "source_uri": unit["source_uri"],
+        "source_ref": unit["source_ref"],
         "task": unit["task"],
         "recovered": False,
         "quarantined": False,

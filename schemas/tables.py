@@ -210,6 +210,7 @@ ERRORS: Final = _table(
         pa.field("video_id", pa.string()),
         pa.field("segment_id", pa.string()),
         pa.field("source_uri", pa.string()),
+        pa.field("source_ref", SOURCE_REF),
         pa.field("task", pa.string()),
         pa.field("stage", pa.string()),
         pa.field("component", pa.string()),

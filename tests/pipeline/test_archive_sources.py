@@ -205,4 +205,5 @@ def test_a_run_reads_members_and_its_repro_commands_name_them(tmp_path):
         with local_copy(again["source_uri"], again["source_ref"]) as path:
             assert path.read_bytes() in members.values()
     assert sorted(reread) == sorted(["bad.pdf", stored_name(odd), "nested.zip"])
+    assert sorted(row["source_ref"]["member"] for row in errors) == sorted(reread)
     assert not [name for name in os.listdir(tmp_path) if name not in ("in", "run")]
