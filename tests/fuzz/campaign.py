@@ -32,6 +32,16 @@ class Campaign:
     seconds: float = 0.0
     surprises: list[Path] = field(default_factory=list)
 
+    def counts(self) -> dict[str, Any]:
+        """Return everything as JSON takes it."""
+        return {
+            "files": self.outcomes.total(),
+            "outcomes": dict(self.outcomes.most_common()),
+            "decoders_that_died": dict(self.deaths),
+            "surprises": len(self.surprises),
+            "seconds": round(self.seconds),
+        }
+
     def line(self) -> str:
         """Return one line for people."""
         found = ", ".join(f"{name} {count}" for name, count in self.outcomes.most_common())
