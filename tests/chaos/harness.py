@@ -24,7 +24,7 @@ from tests.chaos.call import KILLED, ROOT, Call, Injector, Scene
 from tests.chaos.compare import Comparison, Rows, compare, read_rows
 from tests.chaos.corpora import CORPORA
 from tests.chaos.faults import INJECTORS, mount, unmount
-from tests.chaos.processes import Process, adopt_orphans, descendants, end_all, reap
+from tests.chaos.processes import Process, adopt_orphans, descendants, end_all, reap, waits_in
 from tests.chaos.schedules import NEEDS_ROOT, Schedule
 from tests.cluster.namespaces import Cluster, can_build, must_build
 
@@ -32,7 +32,9 @@ MOST_QUIET_CALLS = 4
 LEAST_PATIENCE_SECONDS, PATIENCE = 180.0, 15.0
 """A call is held to be hung after so long, and so many times the time of an undisturbed run: machines may be busy."""
 
-LEAVING_SECONDS = 30.0
+LEAVING_SECONDS = 120.0
+"""Time for what a killed driver leaves behind to end; workers of Ray are nice, and a busy machine forgets them."""
+
 OTHERS_TEMPORARIES = ("torchinductor_", ".ses")
 """Caches that libraries keep in the temporary folder for the next process."""
 
@@ -347,7 +349,9 @@ def _look_for_leftovers(scene: Scene, outcome: Outcome) -> None:
         if not left:
             return
         if time.monotonic() > deadline:
-            outcome.unexpected.append(f"{len(left)} processes left, such as {left[-1].command[:200]}")
+            last = left[-1]
+            shown = f"{last.command[:200]} (state {last.state}, parent {last.parent}, {waits_in(last)})"
+            outcome.unexpected.append(f"{len(left)} processes left, such as {shown}")
             return
         time.sleep(0.1)
 

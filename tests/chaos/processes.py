@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,6 +94,16 @@ def end_all(processes: Iterable[Process], seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while any(is_alive(process) for process in left) and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def waits_in(process: Process) -> str:
+    """Return what the kernel says of the threads of a process: how many wait in what."""
+    found: Counter[str] = Counter()
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            with open(f"/proc/{process.pid}/task/{thread}/wchan", encoding="utf-8") as file:
+                found[file.read()] += 1
+    return ", ".join(f"{count} in {place or '?'}" for place, count in found.most_common(4))
 
 
 def is_alive(process: Process) -> bool:
