@@ -21,6 +21,7 @@ from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCode
 
 from pipeline.cluster import cluster_cpus
 from pipeline.metrics import Meter
+from pipeline.orphans import end_with_parent
 from pipeline.shared import Shared
 from pipeline.step import Flow, Step, check_contract, workers_of
 from pipeline.watchdog import Pool, Pulses
@@ -189,11 +190,23 @@ def _map_batches(dataset: Any, worker: type["Worker"], **options: Any) -> Any:
         return dataset.map_batches(worker, **options)
 
 
+def _hosted(kind: type[Any]) -> type[Any]:
+    """Return a class like `kind` whose objects, built in a process of their own, end with its node."""
+
+    class Hosted(kind):  # type: ignore[misc]
+        def __init__(self, *arguments: Any) -> None:
+            end_with_parent()
+            super().__init__(*arguments)
+
+    Hosted.__name__ = Hosted.__qualname__ = kind.__name__
+    return Hosted
+
+
 class RayMeter:
     """A `Meter` in a small actor of its own, read from the driver."""
 
     def __init__(self) -> None:
-        self.handle = ray.remote(Meter).options(num_cpus=0, max_restarts=-1).remote()
+        self.handle = ray.remote(_hosted(Meter)).options(num_cpus=0, max_restarts=-1).remote()
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Return the counts so far; nothing where the actor cannot be reached, since no run should end for a count."""
@@ -223,7 +236,7 @@ class RayShared:
     """
 
     def __init__(self, kind: type[Any], *arguments: Any) -> None:
-        self._handle = ray.remote(kind).options(num_cpus=0, max_restarts=-1).remote(*arguments)
+        self._handle = ray.remote(_hosted(kind)).options(num_cpus=0, max_restarts=-1).remote(*arguments)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Return what the object's method returns.

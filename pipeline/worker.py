@@ -18,6 +18,7 @@ import pipeline
 from pipeline.cluster import living_nodes
 from pipeline.last_words import WordFile
 from pipeline.metrics import METER_INTERVAL_SECONDS, PULSE_SECONDS, Pulse, StepCount
+from pipeline.orphans import end_with_parent
 from pipeline.shared import Shared
 from pipeline.step import Chain, Step
 from pipeline.witness import Witness
@@ -30,6 +31,7 @@ class Worker:
     """The callable that Ray builds in each actor: a chain of operators, its counts, and who counts its deaths."""
 
     def __init__(self, steps: Sequence[Step], meter: Any, driver_code: str, strikes: Shared | None) -> None:
+        end_with_parent()
         if code_digest() != driver_code:
             raise ContractError("this worker runs other pagereel code than the driver: update the cluster's image")
         context = ray.get_runtime_context()
