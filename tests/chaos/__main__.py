@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from jobs.bench.machine import machine_facts
 from tests.chaos.harness import Outcome, Stage, run_schedule, say_where_root_is_needed
 from tests.chaos.schedules import KINDS, draw
 
@@ -29,11 +30,12 @@ def main() -> int:
             outcome = run_schedule(stage, draw(seed, kinds))
             outcomes.append(outcome)
             tell(outcome)
-    summary = summarise(outcomes) | {"seconds": round(time.monotonic() - began), "only": wanted.only}
+            summary = summarise(outcomes) | {"seconds": round(time.monotonic() - began), "only": wanted.only}
+            # Each time: whoever ends a night of schedules early keeps what was seen until then.
+            if wanted.out:
+                Path(wanted.out).write_text(json.dumps(summary, indent=1) + "\n")
     say(table(summary))
     say(json.dumps(summary))
-    if wanted.out:
-        Path(wanted.out).write_text(json.dumps(summary, indent=1) + "\n")
     return 0 if summary["sound"] else 1
 
 
@@ -53,6 +55,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", default="", metavar="FILE", help="also write the result here, as JSON")
     wanted = parser.parse_args()
     unknown = set(filter(None, wanted.only.split(","))) - set(KINDS)
+    if wanted.schedules < 1:
+        parser.error("at least one schedule")
     if unknown:
         parser.error(f"unknown kinds {sorted(unknown)}")
     return wanted
@@ -82,6 +86,9 @@ def summarise(outcomes: list[Outcome]) -> dict[str, object]:
         missed += outcome.missed
     run = [outcome for outcome in outcomes if not outcome.skipped]
     return {
+        "bench": "chaos",
+        "seeds": [outcomes[0].schedule.seed, outcomes[-1].schedule.seed],
+        "machine": machine_facts(),
         "schedules": len(run),
         "skipped": len(outcomes) - len(run),
         "faults_injected": dict(sorted(injected.items())),
