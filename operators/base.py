@@ -71,7 +71,8 @@ class Operator(Generic[C]):
             require_columns(produced, self.adds, type(self).__name__)
             if not self.expands and produced.num_rows != table.num_rows:
                 raise ContractError(f"{type(self).__name__} got {table.num_rows} rows and returned {produced.num_rows}")
-            yield produced.select(wanted.names).cast(wanted)
+            is_exact = produced.schema.equals(wanted, check_metadata=True)
+            yield produced if is_exact else produced.select(wanted.names).cast(wanted)
 
     def outgoing(self, incoming: pa.Schema) -> pa.Schema:
         """Return the schema after this operator, given the one before it."""

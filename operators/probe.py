@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ UNIT_ID_CHARS: Final = 32
 SPARSE_FRAMES: Final = 16
 MOST_STRIKES: Final = 3
 """Sources one after the other that may fail in a way that nobody foresaw, before the operator is held to be broken."""
+UNITS_AT_ONCE: Final = 1000
+MOST_SECONDS_HELD: Final = 1.0
 SOURCE_COLUMNS: Final = ("source_index", "source_uri", "source_ref", "password")
 
 
@@ -82,30 +85,41 @@ class ProbeSources(Operator[ProbeConfig]):
         self._last: tuple[str | None, dict[str, Any]] = (None, {})
 
     def stream(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Yield the units of one source after the other."""
+        """Yield the units of the sources, those of many quick ones together."""
+        held: list[dict[str, Any]] = []
+        began = time.monotonic()
         for source in table.to_pylist():
-            yield self._unit_table(source)
+            held += self._units_or_error(source)
+            if len(held) >= UNITS_AT_ONCE or time.monotonic() - began > MOST_SECONDS_HELD:
+                yield rows_to_table(held, UNIT)
+                held, began = [], time.monotonic()
+        if held:
+            yield rows_to_table(held, UNIT)
 
     def close(self) -> None:
         """End the decoder process, and remove the copy of the last source."""
         self.box.close()
         self.copy.close()
 
-    def _unit_table(self, source: dict[str, Any]) -> pa.Table:
+    def _units_or_error(self, source: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the units of one source; what nobody foresaw is its error, unless it is met at every source."""
         try:
-            table = rows_to_table(self._units(source), UNIT)
+            state, units = self._last[0], self._units(source)
+            if self._last[0] is None or self._last[0] != state:
+                # Odd facts are met here, and not beside the units of others.
+                rows_to_table(units[:1], UNIT)
             self._strikes = 0
-            return table
+            return units
         except PagereelError:
             raise
         # One odd file must not end the planning of a night's run.
         except Exception as error:
+            self._last = (None, {})
             self._strikes += 1
             if self._strikes > MOST_STRIKES:
                 raise
             unit = {name: source[name] for name in SOURCE_COLUMNS} | {"task": self.config.task}
-            return rows_to_table([failed_unit(unit, source, unforeseen(error))], UNIT)
+            return [failed_unit(unit, source, unforeseen(error))]
 
     def _units(self, source: dict[str, Any]) -> list[dict[str, Any]]:
         unit = {name: source[name] for name in SOURCE_COLUMNS} | {"task": self.config.task}
