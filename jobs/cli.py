@@ -149,7 +149,7 @@ def execute(spec: RunSpec, *, quiet: bool, as_json: bool) -> int:
     with own_terminal() as (output, terminal, log):
         display = _display(output, terminal, quiet=quiet, as_json=as_json)
         try:
-            summary = run(spec, display)
+            summary = run(spec, display, leaves_ray=False)
         except PagereelError as error:
             if not isinstance(error, ConfigError):
                 error.add_note(f"details: {log}")
@@ -218,4 +218,8 @@ def main() -> None:
         sys.stderr.write(visible_lines(traceback.format_exc()))
         _say(f"a defect ended the run ({type(error).__name__}, see above); the same command resumes")
         status = EXIT_INCOMPLETE
+    # Only a run has loaded it, which takes seconds.
+    cluster = sys.modules.get("pipeline.cluster")
+    if cluster is not None:
+        cluster.leave_and_exit(status)
     sys.exit(status)

@@ -1,9 +1,11 @@
 """The Ray that flows run on: started or joined, what it has, and whether it is still there."""
 
+import contextlib
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -17,12 +19,18 @@ from schemas.errors import ConfigError, TransientError, one_line
 
 logger = logging.getLogger(__name__)
 
+_joined = False
+"""Whether the Ray of this process is a cluster that goes on without it."""
+
 RAYLET_SETTINGS: Final = {"RAY_task_oom_retries": "3", "RAY_memory_usage_threshold": "0.9"}
 """What every node must be started with, because a driver cannot set it later: by default a task that runs out of memory
 is run again for ever, and native decoders take the last memory of a machine before Ray steps in."""
 
 SETTINGS_SECONDS: Final = 20.0
 """Time for the nodes of a cluster to say how they were started."""
+
+GOODBYE_SECONDS: Final = 10.0
+"""Time for a Ray of our own to end; what is left of it then goes with this process."""
 
 HEAD_SECONDS: Final = 900
 """Time without the head of the cluster after which Ray ends this process; the watch of the run ends it before."""
@@ -55,6 +63,8 @@ def start_ray(cluster: Cluster) -> None:
         ConfigError: no cluster answers at the address.
         TransientError: Ray's processes did not come up in time.
     """
+    global _joined
+    _joined = cluster.address is not None
     quiet_ray()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if cluster.address:
@@ -85,6 +95,29 @@ def start_ray(cluster: Cluster) -> None:
     if threading.current_thread() is threading.main_thread():
         # Ray would go on to end the process with status 15 and no word.
         signal.signal(signal.SIGTERM, ours)
+
+
+def leave_and_exit(status: int) -> None:
+    """End this process with `status` if it is connected to Ray; returns where it is not.
+
+    Ray says goodbye to whatever it knew, lost nodes included, and where that takes too long it ends the process itself,
+    with status 1 and no word. A cluster that was joined notices the end of a driver without it; a Ray of our own gets
+    some seconds to end in good order.
+    """
+    if not ray.is_initialized():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    logging.shutdown()
+    if _joined:
+        os._exit(status)
+    threading.Timer(GOODBYE_SECONDS, os._exit, [status]).start()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        for descriptor in (1, 2):
+            os.dup2(nowhere.fileno(), descriptor)
+    ray.shutdown()
+    os._exit(status)
 
 
 def stop_ray() -> None:

@@ -53,12 +53,15 @@ MOST_BLOCKS = 20_000
 """Tasks of the first step: each costs the driver about 10 ms (measured), so units are grouped beyond this."""
 
 
-def run(spec: RunSpec | None = None, observer: Observer | None = None, **options: Any) -> RunSummary:
+def run(
+    spec: RunSpec | None = None, observer: Observer | None = None, *, leaves_ray: bool = True, **options: Any
+) -> RunSummary:
     """Run `spec` to its end, or as far as it goes; the same call resumes it.
 
     Args:
         spec: what to do; or give its fields as `options`, for example `run(task="ocr", inputs=["a.pdf"], output="r")`.
         observer: told how far the run is.
+        leaves_ray: False for a process that ends after it, by `pipeline.cluster.leave_and_exit`.
         options: fields of `RunSpec`.
 
     Raises:
@@ -66,7 +69,7 @@ def run(spec: RunSpec | None = None, observer: Observer | None = None, **options
         TransientError: the run stopped early; the same call resumes it.
     """
     wanted = spec or make_spec(options)
-    return _Run(wanted, observer or Silent()).go()
+    return _Run(wanted, observer or Silent(), leaves_ray=leaves_ray).go()
 
 
 def _drained(tables: list[pa.Table]) -> Iterator[pa.Table]:
@@ -115,8 +118,9 @@ def status_of(run_uri: str, *, verify: bool = False) -> Accounting:
 class _Run:
     """One call of `run`: its state while it goes through the phases."""
 
-    def __init__(self, spec: RunSpec, observer: Observer) -> None:
+    def __init__(self, spec: RunSpec, observer: Observer, *, leaves_ray: bool = True) -> None:
         self.spec = spec
+        self.leaves_ray = leaves_ray
         self.observer = observer
         self.run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{digest(time.perf_counter_ns())[:6]}"
         self.progress = Progress()
@@ -136,15 +140,21 @@ class _Run:
             self.lease = lease
             write_run_file(self.storage, self.spec, self.reading, self.settings, self.run_id)
             try:
-                self._list_and_plan()
-                self._run_owed()
-            except TransientError:
-                self._give()
-                raise
+                self._read()
+                # First: a node that was lost may keep Ray from leaving, and then Ray ends this process.
+                return self._finish(started)
             finally:
-                self.executor.close()
-            summary = self._finish(started)
-        return summary
+                if self.leaves_ray:
+                    self.executor.close()
+
+    def _read(self) -> None:
+        """Bring everything that is owed to a row."""
+        try:
+            self._list_and_plan()
+            self._run_owed()
+        except TransientError:
+            self._give()
+            raise
 
     def plan_only(self) -> "Planned":
         """List and plan as a run does, count what it would owe, and leave it at that: the same command goes on."""

@@ -1,6 +1,8 @@
 """The settings of Ray that a run relies on: each was seen to hang a run, or to lose rows, when it was otherwise."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 from ray.data import DataContext
@@ -92,3 +94,27 @@ def test_the_settings_of_nodes_are_set_before_our_own_ray_starts(monkeypatch):
     assert cluster._unset_here() == []
     monkeypatch.delenv("RAY_task_oom_retries")
     assert cluster._unset_here() == ["RAY_task_oom_retries"]
+
+
+LEAVES = """
+import sys, time
+import ray
+from pipeline import cluster
+cluster.start_ray(cluster.Cluster(cpus=1, object_store_bytes=100_000_000))
+if sys.argv[1] == "hangs":
+    cluster.GOODBYE_SECONDS = 1.0
+    ray.shutdown = lambda: time.sleep(600)
+if sys.argv[1] == "joined":
+    cluster._joined = True
+    ray.shutdown = lambda: sys.exit("a cluster that was joined is not said goodbye to")
+sys.stdout.write("said")
+cluster.leave_and_exit(4)
+"""
+
+
+@pytest.mark.parametrize("how", ["well", "hangs", "joined"])
+def test_a_command_ends_with_its_own_status_however_ray_takes_its_leave(how):
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES, how], capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "said"), done.stderr
