@@ -74,13 +74,16 @@ class Run:
         return status
 
 
-def long_run(work: Work, options: list[str], folder: Path | None = None) -> dict[str, Any]:
+def long_run(
+    work: Work, options: list[str], folder: Path | None = None, sample_seconds: float = SAMPLE_SECONDS
+) -> dict[str, Any]:
     """Read `work` in one run and return what was seen.
 
     Args:
         work: what is made and read.
         options: further options of the command.
         folder: where inputs and tables lie; a temporary folder by default.
+        sample_seconds: time from one look to the next.
     """
     with tempfile.TemporaryDirectory(prefix="pagereel-long-", dir=folder) as name:
         inputs = Path(name) / "inputs"
@@ -91,14 +94,14 @@ def long_run(work: Work, options: list[str], folder: Path | None = None) -> dict
         start = time.monotonic()
         run = Run(inputs, Path(name) / "run", options)
         watch = Watch(run.process.pid)
-        samples = watch_run(run, watch)
+        samples = watch_run(run, watch, sample_seconds)
         status = run.wait()
         seconds = time.monotonic() - start
         left = wait_until_gone(watch)
         return report(work, samples, run, status, seconds, left, shared_names() - shared_before)
 
 
-def watch_run(run: Run, watch: Watch) -> list[Sample]:
+def watch_run(run: Run, watch: Watch, sample_seconds: float) -> list[Sample]:
     """Return the samples that were taken while records were done; the run is looked at until it ends."""
     samples = []
     while run.process.poll() is None:
@@ -106,7 +109,7 @@ def watch_run(run: Run, watch: Watch) -> list[Sample]:
         if run.phase == "run" and run.done:
             samples.append(sample)
             sys.stderr.write(line_of(sample) + "\n")
-        time.sleep(SAMPLE_SECONDS)
+        time.sleep(sample_seconds)
     return samples
 
 

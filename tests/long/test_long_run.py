@@ -93,4 +93,4 @@ def test_roles_are_told_by_command(command, role):
 def test_a_run_over_thousands_of_pages_and_clips_stays_flat_and_leaves_nothing(tmp_path):
     options = ["--object-store-mb=300", "--max-new-tokens=16", "--no-second-look"]
     for work in (Work(pages=6000, pictures=60), Work(clips=400)):
-        assert long_run(work, options, tmp_path)["problems"] == []
+        assert long_run(work, options, tmp_path, sample_seconds=0.5)["problems"] == []
