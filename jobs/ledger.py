@@ -10,7 +10,7 @@ from jobs.terminal import visible
 from pipeline.commits import COMMITS
 from pipeline.storage import Storage
 from pipeline.verify import COUNTED_TABLES, LedgerFacts, inspect
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, one_line
 
 EXIT_UNSOUND = 3
 
@@ -61,9 +61,12 @@ def current(
 
     tables = source_states(Ledger(open_ledger(ledger)))
     if output is not None:
-        with pq.ParquetWriter(output, CURRENT_SOURCE, compression="zstd") as writer:
-            for table in tables:
-                writer.write_table(table)
+        try:
+            with pq.ParquetWriter(output, CURRENT_SOURCE, compression="zstd") as writer:
+                for table in tables:
+                    writer.write_table(table)
+        except OSError as error:
+            raise ConfigError(f"{output!r} cannot be written: {one_line(error)}") from error
         return
     for table in tables:
         for row in table.to_pylist():
@@ -115,6 +118,8 @@ def purge(
 def add(ledger: LedgerUri, run: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
     """Give a ledger what a run computed without it, or before it was ended."""
     from pipeline.addresses import stored_uri
+    from pipeline.commits import utc_now
+    from pipeline.lease import Lease
     from pipeline.runfile import read_run_file
     from pipeline.shared_ledger import SharedLedger
 
@@ -124,7 +129,8 @@ def add(ledger: LedgerUri, run: Annotated[str, typer.Argument(help="A run folder
         raise ConfigError(f"{run!r} is no run folder: it holds no run.json")
     shared = SharedLedger(ledger)
     shared.storage.probe_writable()
-    given = shared.give(storage, stored_uri(run), found["run_id"], found.get("probe_digest"))
+    with Lease(storage, utc_now):
+        given = shared.give(storage, stored_uri(run), found["run_id"], found.get("probe_digest"))
     typer.echo(f"given: {given.records} records, {given.answers} answers, {given.sources} sources")
 
 

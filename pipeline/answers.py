@@ -9,6 +9,7 @@ stays owed, and takes the answer in the next round.
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import pyarrow as pa
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from operators.base import Operator, OperatorConfig, rows_to_table, with_columns
-from pipeline.commits import part_path
-from pipeline.key_index import KeyIndex, short_key
+from pipeline.commits import conformed, part_path, utc_now
+from pipeline.key_index import KEY_BYTES, SourceIndex, short_key
 from pipeline.ledger import Ledger
 from pipeline.parts import ANSWERS
 from pipeline.storage import Storage
@@ -36,7 +37,8 @@ WHOLE_PART_BYTES: Final = 4 * 2**20
 _RESULT_NAMES: Final = tuple(name for name in RESULT.names if name in KEPT_ANSWER.names)
 _FILLED: Final = (*GENERATION.names, *_RESULT_NAMES)
 
-MOST_PARTS: Final = 10**12
+ANSWER_KEY: Final = pa.schema([KEPT_ANSWER.field(name) for name in ("content_key", "kept_at")])
+TIME_BYTES: Final = 8
 PARTS_KEPT: Final = 8
 PARTS_AT_ONCE: Final = 500
 
@@ -56,33 +58,39 @@ class Where(NamedTuple):
 
 
 class AnswerIndex:
-    """Where the newest answer to each content key lies: about 20 bytes a key. One for all workers of an attempt.
+    """Where the newest answer to each content key lies: about 40 bytes a key. One for all workers of an attempt.
 
     Args:
         uris: the run, then the ledger that it shares, if any.
-        since: a time, as part ids begin with it; what was answered before is not known.
+        since: what was answered before is not known.
     """
 
-    def __init__(self, uris: Sequence[str], since: str = "") -> None:
-        self._ranks: list[tuple[int, str, str]] = []
-        self._index = KeyIndex(self._ranks)
+    def __init__(self, uris: Sequence[str], since: datetime | None = None) -> None:
+        self._places: list[tuple[int, str]] = []
+        # The version of a key is the time of its answer.
+        self._index = SourceIndex()
         self._asked: dict[bytes, bytes] = {}
-        self._since = since
+        self._since = microseconds(since)
         for store, uri in enumerate(uris):
             self.read(Ledger(Storage(uri)), store)
 
     def read(self, ledger: Ledger, store: int = 0) -> None:
         """Take in the committed answers of a ledger."""
-        for part_id, keys in answer_keys(ledger, self._since):
-            self._add(store, part_id, keys)
+        for part_id, keys, times in answer_keys(ledger):
+            self._add(store, part_id, keys, times)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def place_of(self, content_key: str) -> Where | None:
         """Return where the answer to a key lies, None where there is none."""
-        entry = self._index.get(content_key)
-        return None if entry is None else Where("known", entry.state, self._ranks[entry.commit][2])
+        entry = self._index.get(short_key(content_key))
+        return None if entry is None else Where("known", *self._places[entry[0]])
+
+    def kept_at(self, content_key: str) -> int:
+        """Return when the answer to a key was given, in microseconds; below 0 where there is none."""
+        entry = self._index.get(short_key(content_key))
+        return -1 if entry is None else _time_of(entry[1])
 
     def find(self, content_keys: Sequence[str], record_keys: Sequence[str]) -> list[Where]:
         """Return what is known of each key; a key that nobody asked about is from now on asked by its record."""
@@ -90,7 +98,7 @@ class AnswerIndex:
 
     def note(self, part_id: str, content_keys: Sequence[str]) -> None:
         """Take in the answers of a part of the run that was committed just now."""
-        self._add(0, part_id, content_keys)
+        self._add(0, part_id, content_keys, [microseconds(utc_now())] * len(content_keys))
         for key in content_keys:
             self._asked.pop(short_key(key), None)
 
@@ -101,16 +109,28 @@ class AnswerIndex:
         owner = short_key(record_key)
         return Where("new" if self._asked.setdefault(short_key(content_key), owner) == owner else "promised")
 
-    def _add(self, store: int, part_id: str, content_keys: Sequence[str]) -> None:
-        number = len(self._ranks)
-        self._ranks.append((store, f"{MOST_PARTS - number:012d}", part_id))
-        for key in content_keys:
-            self._index.add(key, number, store)
+    def _add(self, store: int, part_id: str, content_keys: Sequence[str], times: Sequence[int]) -> None:
+        number = len(self._places)
+        self._places.append((store, part_id))
+        for content_key, time in zip(content_keys, times, strict=True):
+            key = short_key(content_key)
+            known = self._index.get(key)
+            if time >= self._since and (known is None or _time_of(known[1]) < time):
+                self._index.put(key, number, time.to_bytes(TIME_BYTES, "big").ljust(KEY_BYTES, b"\1"))
 
 
-def answer_keys(ledger: Ledger, since: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Yield the id of each committed part with answers that was begun since then, and their content keys."""
-    commits = (commit for commit in ledger.commits() if commit.part_id >= since)
+def microseconds(moment: datetime | None) -> int:
+    """Return a time as a number, 0 for none."""
+    return 0 if moment is None else int(moment.timestamp() * 1_000_000)
+
+
+def _time_of(version: bytes) -> int:
+    return int.from_bytes(version[:TIME_BYTES], "big")
+
+
+def answer_keys(ledger: Ledger) -> Iterator[tuple[str, list[str], list[int]]]:
+    """Yield the id of each committed part with answers, their content keys, and when they were kept, as numbers."""
+    commits = ledger.commits()
     found = [(commit.part_id, file.bytes) for commit in commits for file in commit.parts if file.table == ANSWERS]
     small = [part_id for part_id, size in found if size <= WHOLE_PART_BYTES]
     for start in range(0, len(small), PARTS_AT_ONCE):
@@ -118,11 +138,16 @@ def answer_keys(ledger: Ledger, since: str = "") -> Iterator[tuple[str, list[str
         names = [part_path(ANSWERS, part_id) for part_id in chunk]
         for part_id, data in zip(chunk, ledger.storage.get_many(names), strict=True):
             if data is not None:
-                table = pq.ParquetFile(pa.BufferReader(data)).read(columns=["content_key"], use_threads=False)
-                yield part_id, table["content_key"].to_pylist()
+                yield part_id, *_keys_and_times(pq.ParquetFile(pa.BufferReader(data)))
     for part_id in (part_id for part_id, size in found if size > WHOLE_PART_BYTES):
         with ledger.storage.open_input(part_path(ANSWERS, part_id), ranges=True) as file:
-            yield part_id, pq.ParquetFile(file).read(columns=["content_key"])["content_key"].to_pylist()
+            yield part_id, *_keys_and_times(pq.ParquetFile(file))
+
+
+def _keys_and_times(part: pq.ParquetFile) -> tuple[list[str], list[int]]:
+    table = conformed(part.read(columns=ANSWER_KEY.names, use_threads=False), ANSWER_KEY)
+    times = table["kept_at"].cast(pa.int64()).fill_null(0)
+    return table["content_key"].to_pylist(), times.to_pylist()
 
 
 class FindAnswersConfig(OperatorConfig):
@@ -174,9 +199,9 @@ class FindAnswers(Operator[FindAnswersConfig]):
             yield table
 
 
-def kept_answers(records: Sequence[Mapping[str, Any]]) -> pa.Table:
+def kept_answers(records: Sequence[Mapping[str, Any]], now: datetime) -> pa.Table:
     """Return the KEPT_ANSWER rows of finished records that were asked just now, good answers and bad, each key once."""
-    kept = {row["content_key"]: row for row in map(_kept, records) if row is not None}
+    kept = {row["content_key"]: row | {"kept_at": now} for row in map(_kept, records) if row is not None}
     return rows_to_table(list(kept.values()), KEPT_ANSWER)
 
 

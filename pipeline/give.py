@@ -1,7 +1,7 @@
 """From a run into a shared ledger: rows, answers, and what its sources are."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipeline.known_sources import (
 )
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
-from pipeline.parts import ANSWERS, PartCache, rows_of
+from pipeline.parts import ANSWERS, PartCache, rows_of, whole_records
 from pipeline.plan import PlanReader, record_counts, unit_keys
 from schemas.generation import KEPT_ANSWER
 from schemas.tables import PART_TABLES, TABLES
@@ -51,6 +51,8 @@ class Giver:
     def records(self, lease: Lease) -> int:
         """Give the rows of the records that the ledger lacks, or has as failures of its own; return how many."""
         mine, theirs = self._run.committed_records(), self._ledger.committed_records()
+        # After the commits were read, so that it lists the parts of all of them.
+        self._parts = PartCache(self._run.storage)
         copied = {commit.part_id for commit in self._run.commits() if commit.copied}
         later = theirs.last_pass() + 1
         windows = {0: _Window(), later: _Window()}
@@ -87,12 +89,11 @@ class Giver:
             table = self._parts.get(ANSWERS, commit.part_id)
             if table is None:
                 continue
-            places = [(theirs.place_of(key), mine.place_of(key)) for key in table["content_key"].to_pylist()]
-            # Names of parts begin with their time: an answer that was given again later takes the place of the first.
-            fresh = [
-                own is not None and own.part_id == commit.part_id and (known is None or known.part_id < own.part_id)
-                for known, own in places
-            ]
+            fresh = []
+            for key in table["content_key"].to_pylist():
+                place = mine.place_of(key)
+                is_newest = place is not None and place.part_id == commit.part_id
+                fresh.append(is_newest and theirs.kept_at(key) < mine.kept_at(key))
             held.append(table.filter(pa.array(fresh, pa.bool_())))
             if sum(part.num_rows for part in held) >= RECORDS_AT_ONCE:
                 given += self._commit_table(ANSWERS, held, KEPT_ANSWER, lease)
@@ -150,11 +151,10 @@ class Giver:
         return True
 
     def _commit(self, window: "_Window", lease: Lease, pass_index: int) -> int:
-        count = len(window)
-        if not count:
+        if not len(window):
             return 0
         lease.check()
-        tables = {}
+        tables: dict[str, pa.Table] = {}
         for name in PART_TABLES:
             found = [TABLES[name].empty_table()]
             for part, keys in window.keys_of_part.items():
@@ -162,19 +162,23 @@ class Giver:
                 if table is not None:
                     found.append(rows_of(table, "record_key", keys))
             tables[name] = pa.concat_tables(found)
-        keys = [key for keys in window.records.values() for key in keys]
-        self._ledger.commit(
-            self._ledger.begin(keys),
-            tables,
-            run_id=self._run_id,
-            records=window.records,
-            statuses=window.statuses,
-            retryable=window.retryable,
-            pass_index=pass_index,
-            run_uri=self._run_uri,
-        )
+        there = whole_records(tables, window.status_of())
+        tables = {name: rows_of(table, "record_key", sorted(there)) for name, table in tables.items()}
+        # What was compacted away while this went on is given by the next call.
+        window.keep(there)
+        if there:
+            self._ledger.commit(
+                self._ledger.begin(sorted(there)),
+                tables,
+                run_id=self._run_id,
+                records=window.records,
+                statuses=window.statuses,
+                retryable=window.retryable,
+                pass_index=pass_index,
+                run_uri=self._run_uri,
+            )
         window.clear()
-        return count
+        return len(there)
 
     def _commit_table(self, name: str, held: list[pa.Table], schema: pa.Schema, lease: Lease) -> int:
         table = pa.concat_tables([schema.empty_table(), *held])
@@ -205,6 +209,24 @@ class _Window:
         self.retryable: list[str] = []
         self._count = 0
 
+    def status_of(self) -> dict[str, str]:
+        """Return the status of each record."""
+        pairs = ((self.records[unit], self.statuses[unit]) for unit in self.records)
+        return {key: status for keys, statuses in pairs for key, status in zip(keys, statuses, strict=True)}
+
+    def keep(self, keys: Set[str]) -> None:
+        """Forget the records that are not among `keys`."""
+        for unit, records in list(self.records.items()):
+            kept = [place for place, key in enumerate(records) if key in keys]
+            if len(kept) == len(records):
+                continue
+            statuses = self.statuses.pop(unit)
+            del self.records[unit]
+            if kept:
+                self.records[unit] = [records[place] for place in kept]
+                self.statuses[unit] = [statuses[place] for place in kept]
+        self.retryable = [key for key in self.retryable if key in keys]
+
     def add(self, units: pa.Table, outcomes: Sequence[Outcome | None]) -> None:
         """Note the records of some units that have an outcome."""
         owners = np.repeat(np.array(units["unit_id"].to_pylist(), dtype=object), record_counts(units))
@@ -229,7 +251,10 @@ def _worth_giving(mine: Outcome | None, theirs: Outcome | None, copied: set[str]
     """
     if mine is None or mine.part_id in copied:
         return False
-    return theirs is None or (theirs.failed and mine.committed_at > theirs.committed_at)
+    if theirs is None or not theirs.failed:
+        return theirs is None
+    # A ledger knows when a failure was given, which may be long after it was met: a success needs no dates.
+    return not mine.failed or mine.committed_at > theirs.committed_at
 
 
 def _first_units(units: pa.Table, last: int | None) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from operators.archives import Contents, Member
 from operators.base import rows_to_table
+from pipeline.addresses import stored_uri
 from pipeline.commits import utc_now
 from pipeline.known_sources import KNOWN_SOURCE, is_tellable, source_name, source_version
 from pipeline.ledger import Ledger
@@ -70,8 +71,12 @@ class KnownArchives:
         if place is None:
             return None
         ledger, part_id, row = place
-        if self._part[0] != part_id:
-            self._part = (part_id, ledger.read_part(ARCHIVES_TABLE, part_id, KNOWN_ARCHIVE))
+        try:
+            if self._part[0] != part_id:
+                self._part = (part_id, ledger.read_part(ARCHIVES_TABLE, part_id, KNOWN_ARCHIVE))
+        except FileNotFoundError:
+            # Compacted away or purged since the ledger was read.
+            return None
         known = self._part[1].slice(row, 1).to_pylist()[0]
         members = {member["name"]: Member(**member) for member in known["members"]}
         return Contents(members=members, passed_over=known["passed_over"])
@@ -90,8 +95,10 @@ class KnownArchives:
             for member in contents.members.values()
         ]
         self._learned.append(
-            {name: archive.get(name) for name in ("source_uri", "size_bytes", "version_tag")}
-            | {
+            {
+                "source_uri": stored_uri(archive["source_uri"]),
+                "size_bytes": archive["size_bytes"],
+                "version_tag": archive["version_tag"],
                 "source_name": source_name(archive),
                 "source_version": source_version(archive),
                 "run_id": self._run_id,

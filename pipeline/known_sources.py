@@ -124,25 +124,28 @@ class KnownSources:
 
     def __init__(self, ledger: Ledger, probe_digest: str, *, retry_failed: bool = False) -> None:
         self._ledger = ledger
-        self._probe_digest = probe_digest
         self._retry_failed = retry_failed
         self._index = SourceIndex()
         self._part_ids: list[str] = []
         self._kept: OrderedDict[int, pa.Table] = OrderedDict()
-        for part_id, table in source_parts(ledger, ["source_name", "source_version"]):
+        for part_id, table in source_parts(ledger, ["source_name", "source_version", "probe_digest", "error"]):
             number = len(self._part_ids)
             self._part_ids.append(part_id)
-            names, versions = table["source_name"].to_pylist(), table["source_version"].to_pylist()
-            for row, (name, version) in enumerate(zip(names, versions, strict=True)):
-                self._index.put(name, number << ROW_BITS | row, version)
+            good = table["error"].is_null().to_pylist()
+            columns = (table[name].to_pylist() for name in ("source_name", "source_version", "probe_digest"))
+            for row, (name, version, found_by, is_good) in enumerate(zip(*columns, good, strict=True)):
+                if found_by == probe_digest:
+                    self._index.put(name, (number << ROW_BITS | row) << 1 | (not is_good), version)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def knows(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a source was seen with this size and version tag."""
+        """Return whether a source was seen with this size and version tag; as a failure only where it is one now."""
         entry = self._index.get(source_name(row))
-        return entry is not None and entry[1] == source_version(row)
+        if entry is None or entry[1] != source_version(row):
+            return False
+        return not entry[0] & 1 or row["error"] is not None
 
     def split(self, listed: pa.Table, config: ProbeConfig) -> Split:
         """Return which of the listed sources are known, with their units, and which are not.
@@ -169,10 +172,15 @@ class KnownSources:
         entry = self._index.get(source_name(row))
         if entry is None or entry[1] != source_version(row):
             return None
-        part, place = entry[0] >> ROW_BITS, entry[0] & ((1 << ROW_BITS) - 1)
-        facts: dict[str, Any] = self._part(part).slice(place, 1).to_pylist()[0]
+        number = entry[0] >> 1
+        part, place = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
+        try:
+            facts: dict[str, Any] = self._part(part).slice(place, 1).to_pylist()[0]
+        except FileNotFoundError:
+            # Compacted away or purged since the ledger was read.
+            return None
         error = facts["error"]
-        if facts["probe_digest"] != self._probe_digest or (error is not None and self._retry_failed):
+        if error is not None and self._retry_failed:
             return None
         if error is not None and error["error_code"] == "encrypted":
             # A password may open what was closed.

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +24,7 @@ BEAT_SECONDS = 15.0
 STALE_SECONDS = 90.0
 """Six missed beats: a driver that cannot write for so long cannot commit either."""
 
+MOST_LOOKS = 20
 WATCHED_BEATS = 2.5
 """A beat that looks old may be that of a clock that runs behind ours: only one that stays away this long is missing."""
 
@@ -94,16 +96,19 @@ class Lease:
         Raises:
             ConfigError: another driver works on it, or won it a moment ago.
         """
-        names = self._storage.list(LEASES)
-        if names:
-            holder = self._holder(names[-1])
-            if not self._is_free(holder) and not self._stays_silent(names[-1], holder):
-                raise ConfigError(
-                    f"{self._storage.uri} is being worked on by process {holder.pid} on {holder.host} "
-                    f"(last sign of life {holder.beat_at}); wait for it, or end it"
-                )
+        names, holder = self._newest()
+        if holder is not None and not self._is_free(holder) and not self._stays_silent(names[-1], holder):
+            raise ConfigError(
+                f"{self._storage.uri} is being worked on by process {holder.pid} on {holder.host.partition('/')[0]} "
+                f"(last sign of life {holder.beat_at}); wait for it, or end it"
+            )
         self._generation = _generation(names[-1]) + 1 if names else 1
         if not self._storage.put_if_absent(self._name(), self._signed(released=False)):
+            raise ConfigError(f"{self._storage.uri} was taken by another driver at the same moment")
+        # Who was slow to get here may have made a generation that others have left behind them.
+        if self._storage.list(LEASES)[-1:] != [self._name()]:
+            self._storage.delete(self._name())
+            self._generation = 0
             raise ConfigError(f"{self._storage.uri} was taken by another driver at the same moment")
         for name in names:
             self._storage.delete(name)
@@ -168,6 +173,21 @@ class Lease:
         except (FileNotFoundError, IndexError):
             return False
 
+    def _newest(self) -> tuple[list[str], Holder | None]:
+        """Return the names of all generations, and who holds the newest; None where there is none.
+
+        Raises:
+            ConfigError: others took it from each other each time that we looked.
+        """
+        for _ in range(MOST_LOOKS):
+            names = self._storage.list(LEASES)
+            try:
+                return names, self._holder(names[-1]) if names else None
+            except FileNotFoundError:
+                # Another driver has taken it over between the two, and removed what was before.
+                continue
+        raise ConfigError(f"{self._storage.uri} is taken by one driver after the other")
+
     def _holder(self, name: str) -> Holder:
         return Holder.model_validate_json(self._storage.get(name))
 
@@ -191,9 +211,10 @@ def _generation(name: str) -> int:
 
 
 def _host() -> str:
-    # Containers may share a host name, but not a process-id namespace.
+    # Containers may share a host name but not a process-id namespace, and machines both, but not a boot.
     try:
-        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}/{boot}"
     except OSError:
         return socket.gethostname()
 

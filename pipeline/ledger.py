@@ -237,7 +237,7 @@ class Ledger:
             now - timedelta(seconds=grace_seconds),
             now - timedelta(seconds=replaced_grace_seconds),
         )
-        removed = self.storage.delete_temporaries() if grace_seconds == 0 else 0
+        removed = self.storage.delete_temporaries(grace_seconds)
         for part_id in self.broken:
             self.storage.delete(f"{COMMITS}/{part_id}.json")
         self.broken.clear()

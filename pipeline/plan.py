@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 PLAN: Final = "ledger/plan"
 SOURCES_AT_ONCE = 5000
 PARTS_KEPT = 4
+RETIRED: Final = "retired"
+"""In the name of a part that takes sources out; it sorts behind the digests of parts of the same number."""
+
 
 _LISTED = ("size_bytes", "version_tag")
 _NOT_KEPT = ("password", "survived")
@@ -116,6 +119,20 @@ def write_plan_part(
     return name
 
 
+def retire_sources(storage: Storage, source_indexes: Iterable[int], number: int) -> None:
+    """Take sources out of the plan.
+
+    Args:
+        storage: where the run lives.
+        source_indexes: of the sources; nothing is written for none.
+        number: as `write_plan_part` takes it.
+    """
+    table = pa.table({"source_index": pa.array(sorted(source_indexes), pa.int64())})
+    if table.num_rows:
+        data = parquet_bytes(table)
+        storage.put(f"{PLAN}/part-{number:06d}-{RETIRED}-{digest(data)[:12]}.parquet", data)
+
+
 class PlanReader:
     """The current units of a plan, in source order, in bounded memory.
 
@@ -155,7 +172,7 @@ class PlanReader:
                 indexes = pq.read_table(file, columns=["source_index"])["source_index"].to_numpy()
             if len(indexes) and indexes.max() >= len(newest):
                 newest = np.pad(newest, (0, int(indexes.max()) + 1 - len(newest)), constant_values=-1)
-            newest[indexes] = number
+            newest[indexes] = -1 if _is_retiring(name) else number
         return newest
 
     def _units_of(self, indexes: npt.NDArray[np.int64]) -> pa.Table:
@@ -276,7 +293,8 @@ class ListingCache:
     A source is known by uri, archive member, page ranges and time range. It is planned when its newest part saw the
     same size and version tag under the same settings, and met no error that may pass by itself. A remote source
     without a version tag is never planned: whether it changed shows when it is read. An encrypted source for which
-    there is a password is tried again. Holds about 40 bytes a source.
+    there is a password is tried again. What could not be listed, an archive or a folder, and now can, has the sources
+    in it and is none itself. Holds about 40 bytes a source.
 
     Attributes:
         part_number: for `write_plan_part`, of all that is planned from here on.
@@ -291,6 +309,7 @@ class ListingCache:
         self._settings_digest = settings_digest
         self._retry_failed = retry_failed
         self._encrypted: set[int] = set()
+        self._unlisted: dict[bytes, int] = {}
         self._known = SourceIndex()
         reader = PlanReader(storage)
         self.part_number = next_part_number(reader.names)
@@ -312,6 +331,7 @@ class ListingCache:
         fresh: list[dict[str, Any]] = []
         for row in listed.to_pylist():
             name, version = _source_name(row), _source_version(row, self._settings_digest)
+            self._unlisted.pop(name, None)
             known = self._known.get(name)
             unlocked = known is not None and known[0] in self._encrypted and row["password"]
             if known is not None and known[1] == version and not unlocked:
@@ -321,6 +341,10 @@ class ListingCache:
             self._known.put(name, row["source_index"], version)
             fresh.append(row)
         return pa.Table.from_pylist(fresh, schema=listed.schema)
+
+    def listed_now(self) -> list[int]:
+        """Return the indexes of planned sources that could not be listed, and that this listing did not name again."""
+        return list(self._unlisted.values())
 
     def passwords(self, listed: pa.Table) -> dict[int, str]:
         """Return the passwords of listed sources by the `source_index` that they have in the plan."""
@@ -346,6 +370,8 @@ class ListingCache:
             error = row["error"]
             untagged = "://" in row["source_uri"] and not row["version_tag"]
             retry = untagged or (error is not None and (self._retry_failed or error["retryable"]))
+            if error is not None and error["stage"] == "list":
+                self._unlisted[row["source_name"]] = row["source_index"]
             if error is not None and error["error_code"] == "encrypted":
                 self._encrypted.add(row["source_index"])
             self._known.put(row["source_name"], row["source_index"], NEVER if retry else row["source_version"])
@@ -430,6 +456,10 @@ def _flat(column: Any) -> Any:
 
 def _part_names(storage: Storage) -> list[str]:
     return sorted((name for name in storage.list(PLAN) if name.endswith(".parquet")), key=_part_order)
+
+
+def _is_retiring(name: str) -> bool:
+    return f"-{RETIRED}-" in name
 
 
 def _part_order(name: str) -> tuple[int, str]:

@@ -18,26 +18,28 @@ def read_run_file(storage: Storage) -> dict[str, Any] | None:
     """Return the run file, None where there is none.
 
     Raises:
-        ConfigError: it cannot be parsed.
+        ConfigError: it cannot be parsed, or is of another tool.
     """
     try:
-        found: dict[str, Any] = json.loads(storage.get(RUN_FILE))
+        found = json.loads(storage.get(RUN_FILE))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise ConfigError(f"{storage.uri}/{RUN_FILE} cannot be parsed; use another output folder") from error
+    if not isinstance(found, dict) or not {"run_id", "spec", "settings_digest"} <= found.keys():
+        raise ConfigError(f"{storage.uri}/{RUN_FILE} is none of pagereel's; use another output folder")
     return found
 
 
-def check_same_settings(storage: Storage, spec: RunSpec, settings: Settings) -> None:
-    """Refuse to mix two kinds of rows in one run folder.
+def check_same_settings(storage: Storage, spec: RunSpec, settings: Settings) -> dict[str, Any] | None:
+    """Refuse to mix two kinds of rows in one run folder; return the run file that is there, None for a new folder.
 
     Raises:
         ConfigError: the folder was made with settings under which other rows come out.
     """
     found = read_run_file(storage)
     if found is None or found["settings_digest"] == settings.digest:
-        return
+        return found
     before, now = found["spec"], spec.stored()
     changed = sorted(name for name in now if name not in HOW_ONLY and before.get(name) != now[name])
     what = ", ".join(f"{name} {before.get(name)!r} now {now[name]!r}" for name in changed[:4])

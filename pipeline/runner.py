@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.accounting import Accounting, account
 from pipeline.addresses import stored_uri
 from pipeline.answers import AnswerIndex, FindAnswersConfig
-from pipeline.commits import PART_TIME_FORMAT, utc_now
+from pipeline.commits import utc_now
 from pipeline.committed import Again, CommittedRecords
 from pipeline.compact import compact_if_needed
 from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
@@ -23,7 +23,17 @@ from pipeline.known_sources import Listed
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
 from pipeline.local import rebatch
-from pipeline.plan import ListingCache, PlanCounts, PlanReader, as_units, count_owed, count_plan, owed_units, unit_keys
+from pipeline.plan import (
+    ListingCache,
+    PlanCounts,
+    PlanReader,
+    as_units,
+    count_owed,
+    count_plan,
+    owed_units,
+    retire_sources,
+    unit_keys,
+)
 from pipeline.progress import Observer, Progress, Silent
 from pipeline.publish import publish, write_run_row
 from pipeline.reading import choose_reading
@@ -49,6 +59,7 @@ MOST_ATTEMPTS = 3
 PLAN_TASKS_PER_WORKER = 4
 SOURCES_PER_PLAN_PART = 256
 MOST_PLAN_PARTS = 2_000
+WHAT_IS_LISTED = ("inputs", "pages", "start_seconds", "stop_seconds")
 MOST_BLOCKS = 20_000
 """Tasks of the first step: each costs the driver about 10 ms (measured), so units are grouped beyond this."""
 
@@ -182,7 +193,11 @@ class _Run:
         self.shared = shared_ledger(self.spec)
         self.settings = planning_settings(self.spec, self.reading)
         self.executor: Executor = LocalExecutor(self.spec.output) if self.spec.local else RayExecutor(self.spec)
-        check_same_settings(self.storage, self.spec, self.settings)
+        before = check_same_settings(self.storage, self.spec, self.settings)
+        now = self.spec.stored()
+        self.lists_the_same = before is not None and all(
+            before["spec"].get(name) == now[name] for name in WHAT_IS_LISTED
+        )
         self.observer.note(self.reading.sentence(self.spec.task))
 
     def _finish(self, started: float) -> RunSummary:
@@ -240,6 +255,8 @@ class _Run:
         if planner:
             planner.flush()
         archives.flush()
+        if self.lists_the_same and self.spec.limit is None:
+            retire_sources(self.storage, cache.listed_now(), cache.part_number)
         self.seconds["list"] = time.perf_counter() - began
         if listing.passed_over:
             self.observer.note(
@@ -421,7 +438,7 @@ class _Run:
         done_before = self.progress.run_seconds
         uris = (self.spec.output, *([self.shared.uri] if self.shared else []))
         # What is to be tried again must not meet its own earlier answer.
-        since = self.started_at.strftime(PART_TIME_FORMAT) if self.spec.retry_failed else ""
+        since = self.started_at if self.spec.retry_failed else None
         answers = self.executor.share(AnswerIndex, uris, since)
         config = self._config(FindAnswersConfig(uris=uris, index=answers, waits=waits))
         try:

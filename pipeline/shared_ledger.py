@@ -81,6 +81,8 @@ class SharedLedger:
             retry_failed: True takes over no failure.
             pass_index: of the run's present pass over records that it has and that are owed again.
         """
+        # As it is now: what was replaced since it was last read may be removed.
+        self.ledger = Ledger(self.storage, self._clock)
         committed = self.ledger.committed_records()
         if not len(committed):
             return 0
@@ -151,9 +153,11 @@ def shared_ledger(spec: RunSpec) -> SharedLedger | None:
     """
     if spec.ledger is None:
         return None
-    if spec.ledger.rstrip("/") == spec.output.rstrip("/"):
-        raise ConfigError("--ledger is the run folder itself: a run has a ledger of its own there already")
+    if not spec.ledger.strip():
+        raise ConfigError("--ledger is empty: it names nothing")
     shared = SharedLedger(spec.ledger)
+    if shared.storage.is_same_place(Storage(spec.output)):
+        raise ConfigError("--ledger is the run folder itself: a run has a ledger of its own there already")
     shared.storage.probe_writable()
     return shared
 

@@ -111,7 +111,7 @@ class WriteRecords(Operator[WriteRecordsConfig]):
                 raise ContractError(f"a record of {stored_uri(record['source_uri'])} has no key or no unit")
         once = list({record["record_key"]: record for record in reversed(records)}.values())[::-1]
         part_id = self._ledger.begin([record["record_key"] for record in once])
-        answers = kept_answers(once)
+        answers = kept_answers(once, utc_now())
         tables = tables_of(once, self._context()) | {ANSWERS: answers}
         units: dict[str, list[str]] = defaultdict(list)
         statuses: dict[str, list[str]] = defaultdict(list)

@@ -1,9 +1,11 @@
 """Where a run lives: files of a local folder or of any fsspec store, each written whole or not at all."""
 
+import contextlib
 import errno
 import io
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -59,6 +61,12 @@ class Storage:
 
     def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
         return type(self), (self.uri,)
+
+    def is_same_place(self, other: "Storage") -> bool:
+        """Return whether another storage has the same root, however either is spelled."""
+        if self.is_local and other.is_local:
+            return os.path.realpath(self.root) == os.path.realpath(other.root)
+        return bool(self.filesystem == other.filesystem) and self.root == other.root
 
     def path(self, name: str) -> str:
         """Return the path of `name` inside the file system."""
@@ -209,16 +217,20 @@ class Storage:
         file = RangeFile(remote, lambda error: self._failure(f"cannot read {self._shown}/{name}", error))
         return pa.PythonFile(io.BufferedReader(file, RANGE_BYTES), mode="r")
 
-    def delete_temporaries(self) -> int:
-        """Remove what killed local writers left behind; return how many files."""
+    def delete_temporaries(self, age_seconds: float = 0.0) -> int:
+        """Remove what killed local writers left behind so long ago; return how many files."""
         if not self.is_local or not os.path.isdir(self.root):
             return 0
         removed = 0
         for folder, _, names in os.walk(self.root):
             for name in names:
-                if name.startswith(TEMPORARY_PREFIX):
-                    os.unlink(os.path.join(folder, name))
-                    removed += 1
+                path = os.path.join(folder, name)
+                if not name.startswith(TEMPORARY_PREFIX):
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - os.stat(path).st_mtime >= age_seconds:
+                        os.unlink(path)
+                        removed += 1
         return removed
 
     def probe_writable(self) -> None:

@@ -11,7 +11,7 @@ from pipeline.addresses import named_input
 from pipeline.committed import Outcome
 from pipeline.known_sources import KnownSources
 from pipeline.ledger import Ledger
-from pipeline.parts import PartCache, rows_of
+from pipeline.parts import PartCache, rows_of, whole_records
 from pipeline.plan import record_counts, unit_keys, write_plan_part
 from pipeline.progress import Progress
 from pipeline.rows import repro_command
@@ -118,22 +118,28 @@ class Copier:
         if not self._places:
             return
         tables = {name: self._table(name) for name in PART_TABLES}
+        there = whole_records(tables, self._statuses)
+        tables = {name: rows_of(table, "record_key", sorted(there)) for name, table in tables.items()}
         units: dict[str, list[str]] = {}
         statuses: dict[str, list[str]] = {}
         for key, place in self._places.items():
+            if key not in there:
+                # Its part was compacted away, or purged, since the ledger was read: it stays owed.
+                continue
             units.setdefault(place["unit_id"], []).append(key)
             statuses.setdefault(place["unit_id"], []).append(self._statuses[key])
-        self._run.commit(
-            self._run.begin(list(self._places)),
-            tables,
-            run_id=self._run_id,
-            records=units,
-            statuses=statuses,
-            pass_index=self._pass_index,
-            ledger_hits=len(self._places),
-            copied=True,
-        )
-        self.count += len(self._places)
+        if there:
+            self._run.commit(
+                self._run.begin(sorted(there)),
+                tables,
+                run_id=self._run_id,
+                records=units,
+                statuses=statuses,
+                pass_index=self._pass_index,
+                ledger_hits=len(there),
+                copied=True,
+            )
+        self.count += len(there)
         self._wanted, self._places, self._statuses = {}, {}, {}
 
     def _table(self, name: str) -> pa.Table:

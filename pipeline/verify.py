@@ -14,11 +14,9 @@ from pipeline.commits import COMMITS, PARTS, CommitRecord
 from pipeline.known_archives import ARCHIVES_TABLE
 from pipeline.known_sources import SOURCES_TABLE
 from pipeline.ledger import Ledger
-from pipeline.parts import ANSWERS
+from pipeline.parts import ANSWERS, RECORD_TABLES
 from pipeline.storage import Storage
 from schemas.vocabulary import QUIET_STATUSES
-
-RECORD_TABLES: Final = ("pages", "video_segments")
 
 
 @dataclass

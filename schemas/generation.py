@@ -106,7 +106,9 @@ KEPT_ANSWER: Final = pa.schema(
         *GENERATION,
         *(field for field in RESULT if field.name != "needs_second_look"),
         pa.field("lost", pa.list_(ERROR)),
+        pa.field("kept_at", pa.timestamp("us", tz="UTC")),
     ]
 )
 """An answer as the ledger keeps it, for whatever record shows the same: of a model as it was written, before it was
-judged, so without a result; of the CPU engine with one. `lost` holds the failures of attempts before it."""
+judged, so without a result; of the CPU engine with one. `lost` holds the failures of attempts before it; of several
+answers to one content the one that was kept last counts."""
