@@ -25,6 +25,7 @@ GRACE_SECONDS = 120.0
 GONE_GRACE_SECONDS = 3.0
 """The same where Ray is about to end this process itself, with another status."""
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 EXIT_INCOMPLETE = 3
 
 
@@ -145,8 +146,10 @@ class Watch:
         """Interrupt the driver; where it does not come back, end the process."""
         self.stuck = message
         logger.error("%s", self.stuck)
-        if self._driver is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
-            signal.pthread_kill(self._driver.ident or 0, signal.SIGINT)
+        # A shell lets what it starts in the background ignore Ctrl-C.
+        heard = [number for number in INTERRUPTS if callable(signal.getsignal(number))]
+        if self._driver is threading.main_thread() and heard:
+            signal.pthread_kill(self._driver.ident or 0, heard[0])
         if not self._stop.wait(grace_seconds):
             self._observer.note(self.stuck)
             os.write(2, f"pagereel: {self.stuck}\n".encode("utf-8", "backslashreplace"))

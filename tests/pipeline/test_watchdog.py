@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -115,11 +116,18 @@ class Stuck(LocalExecutor):
         return "it waits for Godot"
 
 
-@pytest.fixture
-def quick(monkeypatch):
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=["in front", "in the background"])
+def quick(monkeypatch, request):
+    """A watch that looks all the time, over a driver that hears one signal alone."""
+    handlers = {number: signal.SIG_IGN for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    signal.signal(request.param, signal.default_int_handler)
     monkeypatch.setattr("pipeline.watch.INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr("pipeline.watch.SIGNS_SECONDS", 0.01)
     monkeypatch.setattr("pipeline.watch.UNREACHABLE_SECONDS", 0.05)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def watch_until_ended(executor, phase="run"):
