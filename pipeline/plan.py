@@ -481,6 +481,18 @@ def unit_keys(units: pa.Table) -> list[str]:
     return keys
 
 
+def unit_blocks(units: pa.Table, least_units: int, least_records: int) -> Iterator[pa.Table]:
+    """Yield slices of whole units, each with at least so many units and records; the last may have fewer."""
+    start = held = 0
+    for place, count in enumerate(record_counts(units).tolist(), 1):
+        held += count
+        if place - start >= least_units and held >= least_records:
+            yield units.slice(start, place - start)
+            start, held = place, 0
+    if start < units.num_rows:
+        yield units.slice(start)
+
+
 def record_counts(units: pa.Table) -> npt.NDArray[np.int64]:
     """Return the number of records of each unit."""
     return _list_lengths(units["record_keys"])

@@ -17,7 +17,7 @@ from pipeline.committed import Again, CommittedRecords
 from pipeline.compact import compact_if_needed
 from pipeline.config import FlowConfig, compose, planning_settings, probe_config, probe_digest
 from pipeline.executor import Executor, LocalExecutor, RayExecutor
-from pipeline.flow import HEADS, head_of, plan_flow, record_flow
+from pipeline.flow import DOCUMENT_HEAD, HEADS, VIDEO_HEAD, head_of, plan_flow, record_flow
 from pipeline.known_archives import KnownArchives
 from pipeline.known_sources import Listed
 from pipeline.lease import Lease
@@ -32,6 +32,7 @@ from pipeline.plan import (
     count_plan,
     owed_units,
     retire_sources,
+    unit_blocks,
     unit_keys,
 )
 from pipeline.progress import Observer, Progress, Silent
@@ -62,6 +63,11 @@ MOST_PLAN_PARTS = 2_000
 WHAT_IS_LISTED = ("inputs", "pages", "start_seconds", "stop_seconds")
 MOST_BLOCKS = 20_000
 """Tasks of the first step: each costs the driver about 10 ms (measured), so units are grouped beyond this."""
+
+RECORDS_PER_BLOCK = {DOCUMENT_HEAD: 10, VIDEO_HEAD: 2}
+"""Records of small sources that go through the first step together: as many as a unit of a large one has."""
+
+BLOCKS_PER_WORKER = 8
 
 
 def run(
@@ -143,6 +149,7 @@ class _Run:
         self.strikes: Shared | None = None
         self.gpus_held = 0.0
         self.counts = PlanCounts()
+        self.owed = 0
 
     def go(self) -> RunSummary:
         started = time.perf_counter()
@@ -363,6 +370,7 @@ class _Run:
             owed -= self.progress.ledger_hits
         if not owed:
             return
+        self.owed = owed
         self._look(ledger, committed)
         due = owed_units(PlanReader(self.storage), committed, second_look=True)
         waiting = sum(len(unit_keys(table)) for table in due)
@@ -416,10 +424,12 @@ class _Run:
             owed += len(keys)
             if not units:
                 self._start()
+            # Small sources go together, as long as every worker has some.
+            share = self.owed // (BLOCKS_PER_WORKER * self.executor.worker_count)
             for name in HEADS:
                 mine = ready.filter(pa.array([head_of(kind) == name for kind in ready["kind"].to_pylist()]))
-                blocks = rebatch(iter([mine]), per_block)
-                units.setdefault(name, []).extend(self.executor.hold(block) for block in blocks if block.num_rows)
+                blocks = unit_blocks(mine, per_block, min(share, RECORDS_PER_BLOCK[name]))
+                units.setdefault(name, []).extend(self.executor.hold(block) for block in blocks)
         return units, owed
 
     def _start(self) -> None:

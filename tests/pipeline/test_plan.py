@@ -16,6 +16,7 @@ from pipeline.plan import (
     count_plan,
     owed_units,
     read_plan,
+    unit_blocks,
     write_plan_part,
 )
 from pipeline.sink import WriteRecords, WriteRecordsConfig
@@ -277,3 +278,17 @@ def test_a_remote_source_without_a_version_tag_is_never_taken_for_planned(storag
     write_plan_part(storage, units_table(units), sources_table(rows), "s")
     cache = ListingCache(storage, "s")
     assert cache.to_probe(sources_table([*rows, *rows]))["source_index"].to_pylist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("least_units", "least_records", "sizes"),
+    [(1, 0, [1, 1, 1, 1, 1]), (1, 4, [2, 1, 2]), (2, 0, [2, 2, 1]), (9, 99, [5])],
+)
+def test_small_sources_go_together_and_no_unit_is_cut(least_units, least_records, sizes) -> None:
+    units = units_table(
+        [document_unit(index, list(range(1, 1 + count))) for index, count in enumerate((1, 3, 5, 1, 1))]
+    )
+    blocks = list(unit_blocks(units, least_units, least_records))
+    assert [block.num_rows for block in blocks] == sizes
+    assert pa.concat_tables(blocks).equals(units)
+    assert list(unit_blocks(units.slice(0, 0), least_units, least_records)) == []
