@@ -22,9 +22,9 @@ from pipeline.known_archives import KnownArchives
 from pipeline.known_sources import Listed
 from pipeline.lease import Lease
 from pipeline.ledger import Ledger
+from pipeline.listing_cache import ListingCache
 from pipeline.local import rebatch
 from pipeline.plan import (
-    ListingCache,
     PlanCounts,
     PlanReader,
     as_units,

@@ -1,10 +1,7 @@
 """Compaction and purge, killed between every two writes; what a ledger proves of itself."""
 
 import contextlib
-import uuid
-from collections.abc import Iterator
 
-import fsspec
 import pyarrow.compute as pc
 import pytest
 
@@ -31,14 +28,6 @@ from tests.pipeline.made_rows import (
 from tests.pipeline.test_ledger_model import FailingStorage, Killed, published
 
 UNITS = [document_unit(index, [1, 2, 3]) for index in range(6)] + [video_unit(6, [0, 1])]
-
-
-@pytest.fixture
-def root() -> Iterator[str]:
-    uri = f"memory://{uuid.uuid4().hex}"
-    yield uri
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.rm(path, recursive=True)
 
 
 def fill(uri: str) -> None:

@@ -3,11 +3,8 @@
 import os
 import threading
 import time
-import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
-import fsspec
 import pyarrow.parquet as pq
 import pytest
 
@@ -46,14 +43,6 @@ from tests.pipeline.test_nightly import write_archives
 from tests.pipeline.test_shared_ledger import DISTINCT, compute, plan, take_over
 
 TEMPLATE = "pagereel ocr {source} {part} -o repro"
-
-
-@pytest.fixture
-def root() -> Iterator[str]:
-    uri = f"memory://{uuid.uuid4().hex}"
-    yield uri
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.rm(path, recursive=True)
 
 
 def given(root: str, run_name: str = "1", probe: str | None = "probe") -> SharedLedger:

@@ -5,18 +5,17 @@ the moment of the kill, the published rows are those of the undisturbed run, and
 """
 
 import contextlib
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pytest
 
 from pipeline.accounting import account
 from pipeline.ledger import Ledger
-from pipeline.plan import ListingCache, PlanReader, as_units, owed_units, write_plan_part
+from pipeline.listing_cache import ListingCache
+from pipeline.plan import PlanReader, as_units, owed_units, write_plan_part
 from pipeline.publish import publish, published_tables, read_manifest
 from pipeline.sink import WriteRecords, WriteRecordsConfig
 from pipeline.storage import Storage
@@ -136,15 +135,6 @@ def count_writes(uri: str, duplicate_attempts: bool) -> int:
     FailingStorage.writes_left = 10**9
     Driver(uri, Counter(), duplicate_attempts).run()
     return 10**9 - FailingStorage.writes_left
-
-
-@pytest.fixture
-def root() -> Iterator[str]:
-    """Memory: thousands of writes, none of which needs a disk; the protocol is the same on every store."""
-    uri = f"memory://{uuid.uuid4().hex}"
-    yield uri
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.rm(path, recursive=True)
 
 
 @pytest.mark.parametrize("dies_after_writing", [False, True])

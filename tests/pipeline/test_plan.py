@@ -8,9 +8,9 @@ import pytest
 from pipeline.committed import Again
 from pipeline.key_index import SourceIndex
 from pipeline.ledger import Ledger
+from pipeline.listing_cache import ListingCache
 from pipeline.plan import (
     PLAN,
-    ListingCache,
     PlanReader,
     as_units,
     count_plan,

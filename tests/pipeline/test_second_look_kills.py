@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.accounting import account
 from pipeline.ledger import Ledger
-from pipeline.plan import ListingCache, PlanReader, as_units, owed_units, unit_keys, write_plan_part
+from pipeline.listing_cache import ListingCache
+from pipeline.plan import PlanReader, as_units, owed_units, unit_keys, write_plan_part
 from pipeline.publish import publish
 from pipeline.second_look import FirstLooks
 from pipeline.sink import WriteRecords, WriteRecordsConfig

@@ -1,10 +1,7 @@
 """A ledger beside its runs: giving and taking over, killed between every two writes, and in each other's way."""
 
 import threading
-import uuid
-from collections.abc import Iterator
 
-import fsspec
 import pytest
 
 from pipeline.commits import COMMITS, utc_now
@@ -42,14 +39,6 @@ UNITS = [
 ]
 SOURCES = [source(unit["source_index"], source_uri=unit["source_uri"]) for unit in UNITS]
 DISTINCT = 6
-
-
-@pytest.fixture
-def root() -> Iterator[str]:
-    uri = f"memory://{uuid.uuid4().hex}"
-    yield uri
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    filesystem.rm(path, recursive=True)
 
 
 def plan(uri: str) -> None:

@@ -14,7 +14,8 @@ import pytest
 from operators.fetch import local_copy
 from operators.retries import RetryPolicy
 from pipeline import looks
-from pipeline.plan import ListingCache, write_plan_part
+from pipeline.listing_cache import ListingCache
+from pipeline.plan import write_plan_part
 from pipeline.source import Listing, check_inputs, list_sources
 from pipeline.storage import Storage
 from schemas.errors import ConfigError, FetchError, TransientError
