@@ -66,7 +66,7 @@ class ListingCache:
             fresh.append(row)
         return pa.Table.from_pylist(fresh, schema=listed.schema)
 
-    def listed_now(self) -> list[int]:
+    def to_retire(self) -> list[int]:
         """Return the indexes of planned sources that could not be listed, and that this listing did not name again."""
         return list(self._unlisted.values())
 

@@ -263,7 +263,7 @@ class _Run:
             planner.flush()
         archives.flush()
         if self.lists_the_same and self.spec.limit is None:
-            retire_sources(self.storage, cache.listed_now(), cache.part_number)
+            retire_sources(self.storage, cache.to_retire(), cache.part_number)
         self.seconds["list"] = time.perf_counter() - began
         if listing.passed_over:
             self.observer.note(

@@ -3,11 +3,14 @@
 import os
 import threading
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.ledger import current
 from operators.archives import Contents, Member
 from operators.base import rows_to_table
 from operators.probe import ProbeConfig
@@ -300,3 +303,23 @@ def test_the_run_file_of_another_tool_is_refused_in_one_line(tmp_path, content) 
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="use another output folder"):
         read_run_file(Storage(str(tmp_path)))
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path) -> None:
+    answers_part(Ledger(Storage(str(tmp_path))), {"a": ("text", datetime(2026, 11, 1, tzinfo=UTC))})
+    with pytest.raises(ConfigError, match="cannot be written"):
+        current(str(tmp_path), output=str(tmp_path / "no" / "such.parquet"))
+
+
+def test_a_live_lease_is_not_taken_by_a_machine_of_the_same_name(tmp_path, monkeypatch) -> None:
+    storage = Storage(str(tmp_path))
+    with Lease(storage, utc_now, beat_seconds=0):
+        [name] = storage.list(LEASES)
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        other_boot = storage.get(name).replace(boot_id.encode(), str(uuid.uuid4()).encode())
+        storage.put(name, other_boot)
+        # No process of this number and start is on the machine that looks.
+        monkeypatch.setattr("pipeline.lease._process_start", lambda pid: "")
+        with pytest.raises(ConfigError, match="is being worked on"):
+            Lease(storage, utc_now, beat_seconds=0).acquire()
+        storage.put(name, other_boot.replace(b'"released": false', b'"released": true'))
