@@ -56,6 +56,11 @@ class Scene:
     s3_url: str | None = None
 
     @property
+    def has_workers(self) -> bool:
+        """True when workers of Ray do the work."""
+        return "--local" not in self.options
+
+    @property
     def temporary(self) -> Path:
         """The folder for temporary files of every process of the run."""
         return self.folder / "tmp"

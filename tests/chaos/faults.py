@@ -85,8 +85,8 @@ class Pause(Injector):
     def strike(self, call: Call) -> bool:
         """Stop it, and let it go on when its time has come."""
         if self.victim is None:
-            word = (WORKER, DECODER, DRIVER)[int(self.fault.choice * 3)]
-            self.victim = chosen(call, self.fault, word)
+            words = (WORKER, DECODER, DRIVER) if call.scene.has_workers else (DECODER, DRIVER)
+            self.victim = chosen(call, self.fault, words[int(self.fault.choice * len(words))])
             self.until = time.monotonic() + self.fault.length_seconds
             if self.victim is not None and not send(self.victim, signal.SIGSTOP):
                 self.victim = None
@@ -97,8 +97,11 @@ class Pause(Injector):
         return True
 
     def relent(self, call: Call) -> None:
-        """Let it go on."""
-        if self.victim is not None and is_alive(self.victim):
+        """Let it go on; it may be the one that the call waited for, or have ended."""
+        if self.victim is None:
+            return
+        self.struck = True
+        if is_alive(self.victim):
             send(self.victim, signal.SIGCONT)
 
 

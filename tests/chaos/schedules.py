@@ -44,9 +44,20 @@ MOST_WORKER_DEATHS = 2
 """A record whose worker died three times is quarantined, and rightly so."""
 
 Venue = Literal["loop", "ray", "cluster"]
-LIKELY_SECONDS = {"loop": 9.0, "ray": 15.0, "cluster": 15.0}
-HITS_PROCESSES = ("worker_kill", "decoder_kill", "raylet_kill", "pause", "node_kill", "node_cut")
+LIKELY_SECONDS = {"layers": 4.5, "mixed": 9.0, "captions": 9.0, "ignored-layers": 8.0}
+"""What a call over a corpus takes in a plain loop."""
+
+RAY_SECONDS = 6.0
+"""What Ray adds to it."""
+
+LATER = 0.6
+"""How much of that time a call takes whose run is half done."""
+
+HITS_PROCESSES = ("worker_kill", "raylet_kill", "pause", "node_kill", "node_cut")
 """They wait until there is something to hit, so they may be due early."""
+
+EARLY, EARLIEST = 0.55, 0.3
+"""The part of a call in which those are due, and the part in which the files are decoded."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,8 @@ def draw(seed: int, kinds: Collection[str] = KINDS) -> Schedule:
         for kind in found:
             deaths += kind in ENDS_WORKERS
             if kind not in ENDS_WORKERS or deaths <= MOST_WORKER_DEATHS:
-                faults.append(_fault(random_numbers, kind, venue))
+                seconds = LIKELY_SECONDS[corpus] + (0.0 if venue == "loop" else RAY_SECONDS)
+                faults.append(_fault(random_numbers, kind, seconds if number == 0 else LATER * seconds))
         if faults:
             calls.append(tuple(faults))
     return Schedule(seed=seed, corpus=corpus, venue=venue, on_s3=on_s3, calls=tuple(calls))
@@ -123,13 +135,14 @@ def _venue(random_numbers: random.Random, lead: str) -> Venue:
     return "loop" if random_numbers.random() < 0.55 else "ray"
 
 
-def _fault(random_numbers: random.Random, kind: str, venue: Venue) -> Fault:
+def _fault(random_numbers: random.Random, kind: str, seconds: float) -> Fault:
     trigger: Literal["start", "seconds", "commits", "publish"] = "start"
     amount = 0.0
     if kind not in WHOLE_CALL:
-        dice = random_numbers.random()
+        dice = 1.0 if kind == "decoder_kill" else random_numbers.random()
         trigger = "publish" if dice < 0.15 and kind == "driver_kill" else "commits" if dice < 0.45 else "seconds"
-        amount = random_numbers.uniform(0.3, LIKELY_SECONDS[venue] * (0.6 if kind in HITS_PROCESSES else 1.0))
+        part = EARLIEST if kind == "decoder_kill" else EARLY if kind in HITS_PROCESSES else 1.0
+        amount = random_numbers.uniform(0.3, part * seconds)
         if trigger == "commits":
             amount = 1 if kind in HITS_PROCESSES else random_numbers.choice((1, 1, 2))
     return Fault(
