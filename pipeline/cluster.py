@@ -144,6 +144,13 @@ def cluster_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))
 
 
+def steady_cpus() -> float:
+    """Return the logical CPUs that are left of the cluster when the largest of several nodes is lost."""
+    of_nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    left = sum(of_nodes) - max(of_nodes, default=0.0)
+    return float(left or cluster_cpus())
+
+
 @dataclass(frozen=True)
 class Lifelines:
     """What a driver cannot do without: addresses of the head of its cluster and of the node that it runs on.

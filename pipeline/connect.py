@@ -19,7 +19,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError, SystemException, UserCodeException
 
-from pipeline.cluster import cluster_cpus
+from pipeline.cluster import steady_cpus
 from pipeline.metrics import Meter
 from pipeline.orphans import end_with_parent
 from pipeline.shared import Shared
@@ -124,7 +124,7 @@ def run_flow(
     if not used:
         return
     meter.forget_workers()
-    scale = cpu_scale(flow, used, cluster_cpus())
+    scale = cpu_scale(flow, used, steady_cpus())
     shared = (meter.handle, code_digest(), strikes)
     heads = [_add_steps(ray.data.from_arrow_refs(inputs[name]), flow.heads[name], shared, scale) for name in used]
     records = heads[0].union(*heads[1:]) if len(heads) > 1 else heads[0]
@@ -136,7 +136,13 @@ def cpu_scale(flow: Flow, heads: Sequence[str], cpus: float) -> float:
     """Return the factor on declared CPUs with which every pool gets its first worker.
 
     Pools that together ask for more CPUs than there are wait for each other for ever (seen), so on a small machine
-    every worker declares less than it would like.
+    every worker declares less than it would like. In a small cluster too: the only worker of the first step was on a
+    node that was lost, and there was no room for another on the nodes that were left (seen).
+
+    Args:
+        flow: what runs.
+        heads: the heads of it that are used.
+        cpus: that there are, whatever node is lost.
     """
     wanted = sum(group[0].cpus * group[0].workers[0] for group in _groups(flow, heads))
     return min(1.0, 0.95 * cpus / wanted) if wanted else 1.0
@@ -144,7 +150,7 @@ def cpu_scale(flow: Flow, heads: Sequence[str], cpus: float) -> float:
 
 def pools_of(flow: Flow, heads: Sequence[str]) -> list[Pool]:
     """Return the pools of workers that a flow runs in, as they are asked for on this cluster."""
-    scale = cpu_scale(flow, heads, cluster_cpus())
+    scale = cpu_scale(flow, heads, steady_cpus())
     return [
         Pool(tuple(step.name for step in group), group[0].workers[0], round(group[0].cpus * scale, 3), group[0].gpus)
         for group in _groups(flow, heads)

@@ -24,7 +24,7 @@ from tests.chaos.call import KILLED, ROOT, Call, Injector, Scene
 from tests.chaos.compare import Comparison, Rows, compare, read_rows
 from tests.chaos.corpora import CORPORA
 from tests.chaos.faults import INJECTORS, mount, unmount
-from tests.chaos.processes import Process, adopt_orphans, descendants, end_all, reap, waits_in
+from tests.chaos.processes import Process, adopt_orphans, descendants, end_all, is_service_of_ray, reap, waits_in
 from tests.chaos.schedules import NEEDS_ROOT, Schedule
 from tests.cluster.namespaces import Cluster, can_build, must_build
 
@@ -59,6 +59,7 @@ class Outcome:
         statuses: of all calls, None for one that had to be ended.
         hung: calls that had to be ended, or all quiet calls gone and the run not done.
         unexpected: what else should not have been, in words.
+        left_by_ray: services of Ray's own that outlived a driver which was killed while they started.
         skipped: why the schedule was not carried out.
     """
 
@@ -349,6 +350,10 @@ def _look_for_leftovers(scene: Scene, outcome: Outcome) -> None:
         if not left:
             return
         if time.monotonic() > deadline:
+            outcome.left_by_ray = sum(is_service_of_ray(process) for process in left)
+            left = [process for process in left if not is_service_of_ray(process)]
+            if not left:
+                return
             last = left[-1]
             shown = f"{last.command[:200]} (state {last.state}, parent {last.parent}, {waits_in(last)})"
             outcome.unexpected.append(f"{len(left)} processes left, such as {shown}")

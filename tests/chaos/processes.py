@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 PR_SET_CHILD_SUBREAPER = 36
 
+SERVICES_OF_RAY = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Both end when they see that their raylet is gone, but not where it went before they began to look (seen)."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -113,3 +116,8 @@ def is_alive(process: Process) -> bool:
     except OSError:
         return False
     return found.start == process.start and found.state not in "ZX"
+
+
+def is_service_of_ray(process: Process) -> bool:
+    """Return whether a process is one that a node of Ray runs for itself, with nothing of a run in it."""
+    return process.command.startswith(SERVICES_OF_RAY)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.chaos.compare import KEYS, compare
-from tests.chaos.processes import descendants, end_all, is_alive, read_process, send
+from tests.chaos.processes import Process, descendants, end_all, is_alive, is_service_of_ray, read_process, send
 from tests.chaos.schedules import ENDS_WORKERS, KINDS, MOST_WORKER_DEATHS, draw
 
 PAGES = [{"record_key": key, "text": f"page {key}", "confidence": 0.5} for key in "abc"]
@@ -82,3 +82,17 @@ def test_processes_of_processes_are_found_and_ended():
     assert not any(is_alive(process) for process in found)
     assert not send(found[0], signal.SIGCONT)
     assert not any(process.pid == found[0].pid for process in descendants(os.getpid()))
+
+
+@pytest.mark.parametrize(
+    ("command", "is_service"),
+    [
+        ("ray::DashboardAgent", True),
+        ("ray::RuntimeEnvAgent", True),
+        ("ray::MapWorker(MapBatches(Worker))", False),
+        ("python -m operators.decode.child ray::DashboardAgent", False),
+        ("/x/ray/core/src/ray/raylet/raylet --flag", False),
+    ],
+)
+def test_only_services_of_ray_may_stay_behind_a_killed_driver(command, is_service):
+    assert is_service_of_ray(Process(1, 1, "S", 0, command)) == is_service

@@ -73,15 +73,27 @@ def test_pools_that_together_want_more_than_there_is_ask_for_less_and_all_get_th
     heads = {"documents": [Step(Nothing, Config(), cpus=1.0)], "videos": [Step(Nothing, Config(), cpus=1.0)]}
     flow = Flow(heads, [Step(Nothing, Config(), cpus=1.0), Step(Nothing, Config(), cpus=0.25)])
     for cpus in (0.5, 1.0, 2.0, 3.0, 64.0):
-        monkeypatch.setattr(connect, "cluster_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(connect, "steady_cpus", lambda cpus=cpus: cpus)
         for used in (["documents"], ["documents", "videos"]):
             pools = connect.pools_of(flow, used)
             assert sum(pool.cpus * pool.fewest for pool in pools) <= cpus
             assert len(pools) == len(used) + 2
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cpus"),
+    [([8.0], 8.0), ([0.0, 2.0, 2.0], 2.0), ([4.0, 64.0], 4.0), ([0.0, 16.0], 16.0), ([16.0] * 5, 64.0)],
+)
+def test_workers_have_to_fit_into_what_is_left_when_the_largest_node_is_lost(monkeypatch, nodes, cpus):
+    alive = [{"Alive": True, "Resources": {"CPU": count} if count else {}} for count in nodes]
+    gone = {"Alive": False, "Resources": {"CPU": 128.0}}
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [*alive, gone])
+    monkeypatch.setattr(cluster, "cluster_cpus", lambda: sum(nodes))
+    assert cluster.steady_cpus() == cpus
+
+
 def test_a_pool_is_all_the_steps_that_share_its_workers(monkeypatch):
-    monkeypatch.setattr(connect, "cluster_cpus", lambda: 8.0)
+    monkeypatch.setattr(connect, "steady_cpus", lambda: 8.0)
     steps = [Step(Nothing, Config(), gpus=1.0, workers=(2, 2)), Step(Nothing, Config(), same_worker=True)]
     assert connect.pools_of(Flow({}, steps), []) == [Pool(("Nothing", "Nothing"), 2, 1.0, 1.0)]
 
