@@ -70,6 +70,7 @@ class Outcome:
     statuses: list[int | None] = field(default_factory=list)
     hung: int = 0
     unexpected: list[str] = field(default_factory=list)
+    left_by_ray: int = 0
     seconds: float = 0.0
     skipped: str = ""
     kept: str = ""

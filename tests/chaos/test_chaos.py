@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from tests.chaos.__main__ import summarise
 from tests.chaos.compare import KEYS, compare
+from tests.chaos.harness import Outcome
 from tests.chaos.processes import Process, descendants, end_all, is_alive, is_service_of_ray, read_process, send
 from tests.chaos.schedules import ENDS_WORKERS, KINDS, MOST_WORKER_DEATHS, draw
 
@@ -96,3 +98,11 @@ def test_processes_of_processes_are_found_and_ended():
 )
 def test_only_services_of_ray_may_stay_behind_a_killed_driver(command, is_service):
     assert is_service_of_ray(Process(1, 1, "S", 0, command)) == is_service
+
+
+def test_a_summary_counts_what_is_wrong_and_what_ray_left_behind():
+    wrong = Outcome(draw(3), hung=1, left_by_ray=2, statuses=[None, 0])
+    summary = summarise([wrong, Outcome(draw(4), left_by_ray=1, statuses=[0])])
+    assert (summary["hung"], summary["services_left_by_ray"], summary["calls"]) == (1, 3, 3)
+    assert (summary["wrong_seeds"], summary["sound"]) == ([3], False)
+    assert summarise([Outcome(draw(4), left_by_ray=1)])["sound"]
