@@ -100,6 +100,7 @@ def summarise(outcomes: list[Outcome]) -> dict[str, object]:
         "hung": sum(outcome.hung for outcome in run),
         "unexpected": sum(len(outcome.unexpected) for outcome in run),
         "services_left_by_ray": sum(outcome.left_by_ray for outcome in run),
+        "drivers_ended_by_ray": sum(outcome.ended_by_ray for outcome in run),
         "calls": sum(len(outcome.statuses) for outcome in run),
         "wrong_seeds": [outcome.schedule.seed for outcome in run if not outcome.sound],
         "sound": bool(run) and all(outcome.sound for outcome in run),

@@ -101,8 +101,9 @@ def test_only_services_of_ray_may_stay_behind_a_killed_driver(command, is_servic
 
 
 def test_a_summary_counts_what_is_wrong_and_what_ray_left_behind():
-    wrong = Outcome(draw(3), hung=1, left_by_ray=2, statuses=[None, 0])
+    wrong = Outcome(draw(3), hung=1, left_by_ray=2, ended_by_ray=1, statuses=[None, 0])
     summary = summarise([wrong, Outcome(draw(4), left_by_ray=1, statuses=[0])])
     assert (summary["hung"], summary["services_left_by_ray"], summary["calls"]) == (1, 3, 3)
+    assert summary["drivers_ended_by_ray"] == 1
     assert (summary["wrong_seeds"], summary["sound"]) == ([3], False)
     assert summarise([Outcome(draw(4), left_by_ray=1)])["sound"]
