@@ -1,5 +1,6 @@
 """How each kind of fault is injected."""
 
+import os
 import re
 import signal
 import subprocess
@@ -128,9 +129,11 @@ class FullDisk(Injector):
     def prepare(self, call: Call) -> None:
         """Leave less room than the run needs."""
         folder = disk_of(call)
-        used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        facts = os.statvfs(folder)
+        # What whole blocks hold: a disk cannot be made smaller than that.
+        used = (facts.f_blocks - facts.f_bfree) * facts.f_frsize
         room = int(call.scene.expected_bytes * self.fault.choice)
-        remount(folder, max(64, (used + room) // 1024))
+        remount(folder, max(64, (used + room) // 1024 + 4))
 
     def strike(self, call: Call) -> bool:
         """Nothing more to do."""
