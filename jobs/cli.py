@@ -14,6 +14,7 @@ from jobs.ledger import app as ledger_app
 from jobs.options import command
 from jobs.spec import load_spec
 from jobs.terminal import VisibleFormatter, own_terminal, visible, visible_lines
+from jobs.watched import InterruptOnce
 from pipeline.spec import RunSpec, Task, make_spec
 from schemas.errors import ConfigError, PagereelError
 
@@ -190,7 +191,10 @@ def main() -> None:
     for name in ("ray", "ray.data", "transformers", "fsspec", "s3fs", "botocore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # An orderly end, as by Ctrl-C: a scheduler that takes the machine back sends this first.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt = InterruptOnce()
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         result = app(standalone_mode=False)
         status = result if isinstance(result, int) else EXIT_DONE

@@ -17,6 +17,7 @@ from types import TracebackType
 
 import fsspec
 
+from jobs.watched import NODE_GONE
 from pipeline.runner import status_of
 from pipeline.storage import Storage
 from schemas.errors import PagereelError
@@ -40,7 +41,7 @@ OTHERS_TEMPORARIES = ("torchinductor_", ".ses")
 
 OBJECT_STORE_MB, SMALLEST_STORE_MB = 150, 100
 BUCKET = "chaos"
-DONE, ENDED_BY_RAY, CONFIG, INCOMPLETE = 0, 1, 2, 3
+DONE, CONFIG, INCOMPLETE = 0, 2, 3
 MAY_BE_REFUSED = {"second_driver", "disk_full"}
 """Faults with which a call may say that it cannot run as written: the run is taken, or nothing can be written."""
 
@@ -60,7 +61,7 @@ class Outcome:
         hung: calls that had to be ended, or all quiet calls gone and the run not done.
         unexpected: what else should not have been, in words.
         left_by_ray: services of Ray's own that outlived a driver which was killed while they started.
-        ended_by_ray: drivers that Ray ended with status 1 because the node on their machine had died.
+        ended_by_ray: drivers that Ray ended because the node on their machine had died.
         skipped: why the schedule was not carried out.
     """
 
@@ -308,10 +309,8 @@ def _check_status(call: Call, status: int | None, kinds: set[str], outcome: Outc
     struck = {injector.fault.kind for injector in call.injectors if injector.struck}
     if "driver_kill" in struck:
         fine.add(KILLED)
-    if "raylet_kill" in struck and not call.text().strip():
-        # Ray ends a process whose store is gone at the next thing that is put there, with no word (seen).
-        fine.add(ENDED_BY_RAY)
-        outcome.ended_by_ray += status == ENDED_BY_RAY
+    if status == INCOMPLETE and NODE_GONE in call.text():
+        outcome.ended_by_ray += 1
     if kinds & MAY_BE_REFUSED:
         fine.add(CONFIG)
     statuses = [status, *(other.returncode for other in call.others)]

@@ -26,8 +26,8 @@ BENCH = f"""
 import sys
 sys.modules.update(dict.fromkeys({ABSENT!r}))
 sys.argv[1:] = ["bench", "vision", "--size", "tiny", "--repeat", "1", "--crops", "6", "--device", "cpu", *sys.argv[1:]]
-from jobs.__main__ import _main
-_main()
+from jobs.__main__ import main
+main()
 """
 
 
