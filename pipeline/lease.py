@@ -25,6 +25,9 @@ STALE_SECONDS = 90.0
 """Six missed beats: a driver that cannot write for so long cannot commit either."""
 
 MOST_LOOKS = 20
+GOING_SECONDS = 3.0
+"""Memory is given back before a killed process is gone, which takes a moment."""
+
 WATCHED_BEATS = 2.5
 """A beat that looks old may be that of a clock that runs behind ours: only one that stays away this long is missing."""
 
@@ -52,7 +55,8 @@ class Lease:
 
     Each holder creates the next generation's file, which only one of several can do; the highest generation holds the
     run. A holder writes a beat into its own file. A lease is free when it was released, when its process is gone from
-    this machine, or when its last beat is `stale_seconds` away from our clock and no other comes while we watch.
+    this machine or goes within a moment, or when its last beat is `stale_seconds` away from our clock and no other
+    comes while we watch.
 
     Args:
         storage: where the run lives.
@@ -160,7 +164,7 @@ class Lease:
     def _is_free(self, holder: Holder) -> bool:
         if holder.released:
             return True
-        return holder.host == _host() and _process_start(holder.pid) != holder.process_start
+        return holder.host == _host() and _goes(holder.pid, holder.process_start)
 
     def _stays_silent(self, name: str, holder: Holder) -> bool:
         """Return whether a holder's last beat is far from our clock, and no other comes for a while."""
@@ -219,10 +223,21 @@ def _host() -> str:
         return socket.gethostname()
 
 
+def _goes(pid: int, start: str) -> bool:
+    """Return whether a process is gone, or goes while we look."""
+    deadline = time.monotonic() + (0.0 if pid == os.getpid() else GOING_SECONDS)
+    while _process_start(pid) == start:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def _process_start(pid: int) -> str:
-    """Return the start time of a process in clock ticks since boot, empty where there is none."""
+    """Return the start time of a process in clock ticks since boot, empty where there is none that still runs."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rsplit(")", 1)[1].split()[19]
+            fields = file.read().rsplit(")", 1)[1].split()
     except OSError:
         return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]

@@ -215,14 +215,41 @@ def test_a_silent_lease_of_another_machine_is_taken_over_and_its_holder_notices(
     second.check()
 
 
-def test_the_lease_of_a_process_that_is_gone_from_this_machine_is_free_at_once(storage: Storage) -> None:
+def start_holder(storage: Storage, then: str) -> subprocess.Popen[str]:
+    """Start a process that takes the run, says so, and goes on with `then`."""
     code = (
-        "import os, sys; from pipeline.lease import Lease; from pipeline.commits import utc_now;"
+        "import os, signal, sys, time; from pipeline.lease import Lease; from pipeline.commits import utc_now;"
         "from pipeline.storage import Storage;"
-        "Lease(Storage(sys.argv[1]), utc_now).acquire(); os._exit(1)"
+        f"Lease(Storage(sys.argv[1]), utc_now).acquire(); print(os.getpid(), flush=True); {then}"
     )
     root = Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, "-c", code, storage.uri], cwd=root, check=False, timeout=60)
+    holder = subprocess.Popen([sys.executable, "-c", code, storage.uri], cwd=root, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline().strip() == str(holder.pid)
+    return holder
+
+
+def test_a_process_that_was_killed_and_is_not_yet_buried_holds_no_lease(storage: Storage) -> None:
+    holder = start_holder(storage, "os._exit(1)")
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    assert Path(f"/proc/{holder.pid}/stat").exists()
+    with Lease(storage, lambda: datetime.now(UTC)) as lease:
+        lease.check()
+    holder.communicate()
+
+
+def test_a_process_that_is_about_to_go_is_waited_for_and_one_that_stays_is_not(storage: Storage) -> None:
+    stays = start_holder(storage, "time.sleep(600)")
+    with pytest.raises(ConfigError, match=f"is being worked on by process {stays.pid}"):
+        Lease(storage, lambda: datetime.now(UTC)).acquire()
+    threading.Timer(0.5, stays.kill).start()
+    with Lease(storage, lambda: datetime.now(UTC)) as lease:
+        lease.check()
+    stays.communicate()
+
+
+def test_the_lease_of_a_process_that_is_gone_from_this_machine_is_free_at_once(storage: Storage) -> None:
+    start_holder(storage, "os._exit(1)").communicate(timeout=60)
     [name] = storage.list(LEASES)
     assert json.loads(storage.get(name))["pid"] != os.getpid()
     with Lease(storage, lambda: datetime.now(UTC)) as lease:
