@@ -23,7 +23,7 @@ from operators.decode.documents import DecodeDocuments
 from operators.generate import Generate
 from operators.prepare import read_pictures
 from operators.read import ReadPages, page_image
-from pipeline import flow, run, runner
+from pipeline import flow, owed, run
 from schemas.errors import PagereelError, WorkerLostError
 
 MAGENTA = (255, 0, 255)
@@ -137,7 +137,7 @@ def main():
     os.environ["POISONED"] = json.dumps(poisoned)
     os.environ["POISON_DEATHS"] = asked["deaths"]
     Path(asked["deaths"]).touch()
-    runner.record_flow = functools.partial(poisoned_flow, poisoned=poisoned, batch_rows=asked.get("batch_rows", {}))
+    owed.record_flow = functools.partial(poisoned_flow, poisoned=poisoned, batch_rows=asked.get("batch_rows", {}))
     if "kills" in asked:
         threading.Thread(target=kill_workers, kwargs=asked["kills"], daemon=True).start()
     began = time.monotonic()
