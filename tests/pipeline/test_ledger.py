@@ -240,12 +240,15 @@ def test_a_process_that_was_killed_and_is_not_yet_buried_holds_no_lease(storage:
 
 def test_a_process_that_is_about_to_go_is_waited_for_and_one_that_stays_is_not(storage: Storage) -> None:
     stays = start_holder(storage, "time.sleep(600)")
-    with pytest.raises(ConfigError, match=f"is being worked on by process {stays.pid}"):
-        Lease(storage, lambda: datetime.now(UTC)).acquire()
-    threading.Timer(0.5, stays.kill).start()
-    with Lease(storage, lambda: datetime.now(UTC)) as lease:
-        lease.check()
-    stays.communicate()
+    try:
+        with pytest.raises(ConfigError, match=f"is being worked on by process {stays.pid}"):
+            Lease(storage, lambda: datetime.now(UTC)).acquire()
+        threading.Timer(0.5, stays.kill).start()
+        with Lease(storage, lambda: datetime.now(UTC)) as lease:
+            lease.check()
+    finally:
+        stays.kill()
+        stays.communicate()
 
 
 def test_the_lease_of_a_process_that_is_gone_from_this_machine_is_free_at_once(storage: Storage) -> None:
