@@ -56,10 +56,11 @@ class Call:
         self.gpus_held = 0.0
         check_request(spec)
         self.reading = choose_reading(spec)
-        self.storage = Storage(spec.output)
-        self.storage.probe_writable()
-        self.shared = shared_ledger(spec)
         self.settings = planning_settings(spec, self.reading)
+        self.shared = shared_ledger(spec)
+        self.storage = Storage(spec.output)
+        # This makes the folder: what can be refused without it is refused before.
+        self.storage.probe_writable()
         self.executor: Executor = LocalExecutor(spec.output) if spec.local else RayExecutor(spec)
         before = check_same_settings(self.storage, spec, self.settings)
         now = spec.stored()

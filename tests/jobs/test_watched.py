@@ -116,20 +116,43 @@ def test_a_run_ends_with_the_process_that_the_user_started():
         time.sleep(0.01)
 
 
+def wait_until(is_so):
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def status_of(pid):
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def has_taken_all_signals(pid):
+    found = status_of(pid)
+    return not int(found["SigPnd"], 16) | int(found["ShdPnd"], 16)
+
+
 def test_an_interrupt_that_the_shell_has_ignored_stays_ignored():
     process = start(WAITS, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    process.stdout.readline()
+    child = int(process.stdout.readline())
+    assert int(status_of(child)["SigIgn"], 16) & 1 << signal.SIGINT - 1
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    wait_until(lambda: has_taken_all_signals(process.pid))
     assert process.poll() is None
+    assert not is_gone(child)
     process.send_signal(signal.SIGTERM)
     assert ended(process) == (3, ["interrupted", "in good order"], "")
 
 
 def test_a_stopped_run_goes_on():
-    process = start("time.sleep(0.5)")
+    process = start(WAITS)
     child = int(process.stdout.readline())
     os.kill(child, signal.SIGSTOP)
-    time.sleep(0.2)
+    wait_until(lambda: status_of(child)["State"].startswith("T"))
+    wait_until(lambda: has_taken_all_signals(process.pid))
+    assert process.poll() is None
     os.kill(child, signal.SIGCONT)
-    assert ended(process)[0] == 0
+    wait_until(lambda: not status_of(child)["State"].startswith("T"))
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (3, ["interrupted", "in good order"], "")

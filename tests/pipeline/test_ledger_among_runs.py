@@ -323,3 +323,12 @@ def test_a_live_lease_is_not_taken_by_a_machine_of_the_same_name(tmp_path, monke
         with pytest.raises(ConfigError, match="is being worked on"):
             Lease(storage, utc_now, beat_seconds=0).acquire()
         storage.put(name, other_boot.replace(b'"released": false', b'"released": true'))
+
+
+@pytest.mark.parametrize("ledger", ["", "run"], ids=["no name", "the run folder"])
+def test_a_command_that_is_refused_for_its_ledger_leaves_no_folder(tmp_path, ledger) -> None:
+    (tmp_path / "in").mkdir()
+    output = str(tmp_path / "run")
+    with pytest.raises(ConfigError, match="--ledger is"):
+        run(task="ocr", inputs=[str(tmp_path / "in")], output=output, local=True, ledger=ledger and output)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
